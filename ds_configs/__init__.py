@@ -1,0 +1,1 @@
+"""DeepSpeed configurations by ZeRO stage: only what DeepSpeed alone owns."""

@@ -1,0 +1,27 @@
+"""The operators of BEiT, for use in any model. Needs torch alone to import."""
+
+from .impl import Impl, ImplUnavailable, Resolved, operators, resolve
+from .masked_tokens import embed_tokens, gather_masked
+from .nearest_code import NearestCode, nearest_code
+from .rel_pos_attention import RelativePositionBias, rel_pos_attention, relative_position_index
+from .residual_norm import residual_add, residual_norm
+from .token_loss import TokenLoss, token_loss
+
+__all__ = [
+    "Impl",
+    "ImplUnavailable",
+    "NearestCode",
+    "RelativePositionBias",
+    "Resolved",
+    "TokenLoss",
+    "embed_tokens",
+    "gather_masked",
+    "nearest_code",
+    "operators",
+    "rel_pos_attention",
+    "relative_position_index",
+    "residual_add",
+    "residual_norm",
+    "resolve",
+    "token_loss",
+]

@@ -1,0 +1,105 @@
+"""Which implementation of an operator runs: one enum, one table for each operator, one resolver.
+
+`auto` becomes an implementation from the device alone, with a reason that can be printed. A request by name is kept or
+refused; it never turns into another implementation.
+"""
+
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+import torch
+
+AUTO = "auto"
+
+
+class Impl(StrEnum):
+    """The ways an operator may be implemented. `auto` is a request, not an implementation."""
+
+    REFERENCE = "reference"
+    SDPA = "sdpa"
+    XFORMERS = "xformers"
+    FLEX = "flex"
+    TRITON = "triton"
+
+
+class Resolved(NamedTuple):
+    """What a request became, and why, in words for a log."""
+
+    impl: Impl
+    reason: str
+
+
+class ImplUnavailable(RuntimeError):
+    """An implementation was asked for by name and this version does not have it for that operator."""
+
+
+class Operator:
+    """The implementations of one operator, and which of them `auto` means on each device type.
+
+    Registers torch.ops.fused_beit.<name>, whose body is the implementation that its last argument names. The body is
+    composed of torch's operators, so autograd, autocast, fake tensors and torch.compile see through it.
+
+    schema:          "name(Tensor x, ..., str impl) -> Tensor"
+    implementations: functions of the schema's arguments in order, less `impl`
+    auto:            device type ("cpu", "cuda") -> what `auto` becomes there; the reference everywhere else
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        implementations: Mapping[Impl, Callable[..., Any]],
+        auto: Mapping[str, Resolved] | None = None,
+    ) -> None:
+        name = schema.partition("(")[0]
+        self.name = name
+        self.implementations = dict(implementations)
+        self.auto = dict(auto or {})
+        for resolved in self.auto.values():
+            if resolved.impl not in self.implementations:
+                raise ValueError(f"{name}: auto names {resolved.impl!s}, which it does not have")
+        _OPERATORS[name] = self
+        # Once only: with the root of a checkout on sys.path, a library that looks for a package named `kernels` imports
+        # this folder a second time under that name.
+        if not hasattr(torch.ops.fused_beit, name):
+            torch.library.define(f"fused_beit::{name}", schema.removeprefix(name))
+            torch.library.impl(f"fused_beit::{name}", "CompositeImplicitAutograd", self._run)
+
+    def resolve(self, request: str, device_type: str) -> Resolved:
+        if request == AUTO:
+            if device_type in self.auto:
+                return self.auto[device_type]
+            if len(self.implementations) == 1:
+                return Resolved(Impl.REFERENCE, "the only implementation in this version")
+            return Resolved(Impl.REFERENCE, f"nothing else was chosen for {device_type}")
+        for impl in self.implementations:
+            if impl == request:
+                return Resolved(impl, "asked for")
+        have = ", ".join(self.implementations)
+        if request in [impl.value for impl in Impl]:
+            why = "this version has no such implementation of it"
+        else:
+            why = f"no implementation has that name (known names: {AUTO}, {', '.join(Impl)})"
+        raise ImplUnavailable(f"{self.name}: impl={str(request)!r} was asked for, but {why}; available: {AUTO}, {have}")
+
+    def _run(self, *args: Any) -> Any:
+        *arguments, impl = args
+        return self.implementations[self.resolve(impl, arguments[0].device.type).impl](*arguments)
+
+
+_OPERATORS: dict[str, Operator] = {}
+
+
+def operators() -> tuple[str, ...]:
+    """Names of all operators, sorted."""
+    return tuple(sorted(_OPERATORS))
+
+
+def resolve(operator: str, request: str | Impl, device: torch.device | str) -> Resolved:
+    """What `impl=request` means for `operator` on `device`, and why.
+
+    Raises ImplUnavailable when an implementation asked for by name does not exist, ValueError for an unknown operator.
+    """
+    if operator not in _OPERATORS:
+        raise ValueError(f"unknown operator {operator!r}; expected one of {', '.join(operators())}")
+    return _OPERATORS[operator].resolve(request, torch.device(device).type)

@@ -1,0 +1,48 @@
+"""The public operator: the index of the best code, without keeping the product."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..impl import AUTO, Impl, Operator
+from ..validation import check_float, check_same_device, check_shape
+from .reference import nearest_code_reference
+
+OPERATOR = Operator(
+    "nearest_code(Tensor x, Tensor codes, Tensor? bias, str impl) -> (Tensor, Tensor)",
+    {Impl.REFERENCE: nearest_code_reference},
+)
+
+
+class NearestCode(NamedTuple):
+    """Index (int64) and score (fp32) of the best code of each row."""
+
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which has no use here
+    score: Tensor
+
+
+def nearest_code(x: Tensor, codes: Tensor, bias: Tensor | None = None, *, impl: str | Impl = AUTO) -> NearestCode:
+    """argmax_k x . codes_k + bias_k for each row; the lowest index among equals.
+
+    x:     [R, D]  floating point
+    codes: [K, D]  floating point, K at least 1
+    bias:  [K]     or None. With bias_k = -|codes_k|^2 / 2 the best code is the nearest in Euclidean distance.
+    -> NearestCode(index int64 [R], score fp32 [R]); float64 scores for float64 inputs
+
+    Scores are made in fp32 from half-precision inputs, and autocast does not narrow them: a rounding could turn one
+    code into another. At most a fixed number of scores is held at a time. Without gradient.
+    Raises ValueError or TypeError for wrong shapes, devices or dtypes, ImplUnavailable for an `impl` it does not have.
+    """
+    name = "nearest_code"
+    check_shape(name, "x", x, "R", "D")
+    check_shape(name, "codes", codes, "K", x.shape[1])
+    if codes.shape[0] == 0:
+        raise ValueError(f"{name}: codes must have at least 1 row, but has shape {list(codes.shape)}")
+    if bias is not None:
+        check_shape(name, "bias", bias, codes.shape[0])
+    check_float(name, x=x, codes=codes, bias=bias)
+    check_same_device(name, "x", x, codes=codes, bias=bias)
+    resolved = OPERATOR.resolve(impl, x.device.type)
+    index, score = torch.ops.fused_beit.nearest_code(x, codes, bias, resolved.impl.value)
+    return NearestCode(index, score)

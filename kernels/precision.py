@@ -1,0 +1,33 @@
+"""In which dtype an operator computes.
+
+Outside autocast it is the dtype of the tensors. Under autocast it is autocast's dtype for what a matrix product follows
+or makes; a residual stream keeps its own dtype. Softmax, LayerNorm and the loss sum in fp32 (float64 for float64).
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """Dtype of a matrix product with `tensor`: autocast's where autocast is on, else its own. float64 is left alone."""
+    device_type = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+        return tensor.dtype
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else tensor.dtype
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32 for half precision, else the dtype itself."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNorm over the last dimension with fp32 statistics; the result has the dtype of a product with `x`."""
+    out_dtype = compute_dtype(x)
+    if x.dtype != weight.dtype or x.dtype != bias.dtype:
+        # Mixed dtypes are not accepted on every device, and rounding the fp32 parameters would lose digits.
+        wide = accumulate_dtype(x.dtype)
+        x, weight, bias = x.to(wide), weight.to(wide), bias.to(wide)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.layer_norm(x, (x.shape[-1],), weight, bias, eps).to(out_dtype)

@@ -1,0 +1,42 @@
+"""The loss over visual tokens in torch: the specification.
+
+R rows (masked patches), V tokens of the vocabulary, D channels.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..precision import accumulate_dtype, compute_dtype
+
+
+def token_loss_reference(
+    hidden_RD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_R: Tensor,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and accuracy of hidden @ weight^T + bias; the product in the dtype of hidden, the rest in fp32."""
+    dtype = compute_dtype(hidden_RD)
+    with torch.autocast(hidden_RD.device.type, enabled=False):
+        bias_V = None if bias_V is None else bias_V.to(dtype)
+        logits_RV = F.linear(hidden_RD.to(dtype), weight_VD.to(dtype), bias_V)
+        counted_R = targets_R != ignore_index
+        logits_RV = logits_RV.to(accumulate_dtype(dtype))
+        # torch.max gives the first of equal maxima, and on a CPU sooner than argmax does.
+        hits_R = (logits_RV.detach().max(dim=-1).indices == targets_R) & counted_R
+        loss = F.cross_entropy(
+            logits_RV,
+            targets_R,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            reduction="none" if reduction == "none" else "sum",
+        )
+        if reduction == "none":
+            return loss, hits_R.to(loss.dtype)
+        # The count stays on the device; at least 1, so that no row at all gives 0 and not 0/0.
+        num_counted = counted_R.sum().clamp_min(1)
+        return loss / num_counted, hits_R.sum().to(loss.dtype) / num_counted

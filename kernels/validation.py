@@ -1,0 +1,39 @@
+"""Argument checks of the public operators: a wrong shape or dtype stops with what was expected and what came."""
+
+import torch
+from torch import Tensor
+
+
+def check_shape(operator: str, name: str, tensor: Tensor, *expected: int | str) -> None:
+    """Raise ValueError unless `tensor` has these sizes; a string names a size that may be anything."""
+    fits = tensor.dim() == len(expected)
+    if fits:
+        for size, want in zip(tensor.shape, expected, strict=True):
+            if not isinstance(want, str) and size != want:
+                fits = False
+    if not fits:
+        wanted = ", ".join(str(want) for want in expected)
+        raise ValueError(f"{operator}: {name} must have shape [{wanted}], but has {list(tensor.shape)}")
+
+
+def check_float(operator: str, **tensors: Tensor | None) -> None:
+    """Raise TypeError unless every tensor given is of a floating-point dtype."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"{operator}: {name} must be a floating-point tensor, but is {tensor.dtype}")
+
+
+def check_int64(operator: str, **tensors: Tensor | None) -> None:
+    """Raise TypeError unless every tensor given is int64."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype != torch.int64:
+            raise TypeError(f"{operator}: {name} must be torch.int64, but is {tensor.dtype}")
+
+
+def check_same_device(operator: str, first_name: str, first: Tensor, **tensors: Tensor | None) -> None:
+    """Raise ValueError unless every tensor given is on the device of `first`."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != first.device:
+            raise ValueError(
+                f"{operator}: {name} must be on {first.device} as {first_name} is, but is on {tensor.device}"
+            )

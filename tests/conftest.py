@@ -1,0 +1,30 @@
+"""What holds for every test: no network, no oversubscribed cores, and GPU tests only where there is a GPU."""
+
+import os
+from pathlib import Path
+
+# Set before anything imports torch or transformers.
+os.environ["HF_HUB_OFFLINE"] = "1"
+# One thread a worker, and the same with one worker: sums, and so golden losses, depend on the number of threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """Root of the repository."""
+    return ROOT
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where there is none; keep the tests that start processes on one worker."""
+    no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU; torch finds none here")
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(no_gpu)
+        if item.get_closest_marker("distributed"):
+            item.add_marker(pytest.mark.xdist_group("distributed"))  # two at a time would starve each other
