@@ -1,0 +1,182 @@
+"""From a command line to checked `Settings`: preset, then TOML file, then dotted options. Imports no torch.
+
+tyro reads the options and writes `--help`; pydantic checks the values, and what it finds is said in one sentence.
+"""
+
+import dataclasses
+import difflib
+import functools
+import itertools
+import os
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from pydantic import ValidationError
+
+from .config import Section, Settings, check
+from .errors import RankError, UserError
+
+PRESETS = resources.files(__package__) / "presets"
+
+
+def run_script(main: Callable[[Sequence[str]], None]) -> None:
+    """Run a script's `main(argv)`; a `UserError` becomes one line on stderr and exit code 2."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        if is_first_rank() or isinstance(error, RankError):
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for the run; known before any process group exists."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def preset_names() -> list[str]:
+    return sorted(entry.name.removesuffix(".toml") for entry in PRESETS.iterdir() if entry.name.endswith(".toml"))
+
+
+def parse(argv: Sequence[str], *, description: str) -> Settings:
+    """Read settings from `argv` and check them.
+
+    Raises:
+        UserError: for a value, key or combination that cannot be used.
+        SystemExit: code 0 after `--help`, 2 for an option that does not exist or cannot be read.
+    """
+    argv = [word for word in argv if not word.startswith(("--local_rank", "--local-rank"))]  # the launcher's own
+    refuse_contradictions(argv)
+    preset = option(argv, "preset") or Settings().preset
+    config = option(argv, "config")
+    values = load_preset(preset)
+    if config is not None:
+        merge(values, load_toml(Path(config)))
+    values |= {"preset": preset, "config": config}
+    values.setdefault("output_dir", f"output/{preset}")
+    default = validate(values)
+
+    given = tyro.cli(
+        mirror(Settings),
+        args=argv,
+        default=mirrored(default),
+        description=description,
+        use_underscores=True,
+        console_outputs=is_first_rank(),
+    )
+    settings = validate(dataclasses.asdict(given))
+    check(settings)
+    return settings
+
+
+def option(argv: Sequence[str], name: str) -> str | None:
+    """Value of `--name VALUE` or `--name=VALUE`, read before the preset is known."""
+    for i, word in enumerate(argv):
+        if word == f"--{name}":
+            return argv[i + 1] if i + 1 < len(argv) else None
+        if word.startswith(f"--{name}="):
+            return word.partition("=")[2]
+    return None
+
+
+def refuse_contradictions(argv: Sequence[str]) -> None:
+    """Raise `UserError` when one option is given twice with two values."""
+    seen: dict[str, list[str]] = {}
+    starts = [i for i, word in enumerate(argv) if word.startswith("--")]
+    for start, end in itertools.pairwise([*starts, len(argv)]):
+        name, _, value = argv[start].partition("=")
+        name, values = name.replace("-", "_"), ([value] if value else []) + list(argv[start + 1 : end])
+        if seen.setdefault(name, values) != values:
+            shown = name.replace("__", "--", 1)
+            raise UserError(f"{shown} is given twice, as {' '.join(seen[name])} and {' '.join(values)}; give it once.")
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """Values of a recipe in `engine/presets/`."""
+    if name not in preset_names():
+        raise UserError(f"there is no preset {name!r}{did_you_mean(name, preset_names())}")
+    return tomllib.loads((PRESETS / f"{name}.toml").read_text())
+
+
+def load_toml(path: Path) -> dict[str, Any]:
+    """Values of a user's TOML file."""
+    try:
+        values = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"config = {path} cannot be read ({error.strerror}); give an existing TOML file.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"config = {path} is not valid TOML: {error}.") from None
+    for key in ("preset", "config"):
+        if key in values:
+            raise UserError(f"{path} sets {key}, which only the command line can; pass --{key} {values[key]} there.")
+    return values
+
+
+def merge(values: dict[str, Any], changes: dict[str, Any]) -> None:
+    """Put `changes` over `values`, section by section, in place."""
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(values.get(key), dict):
+            values[key] = values[key] | value
+        else:
+            values[key] = value
+
+
+def validate(values: dict[str, Any]) -> Settings:
+    """Build `Settings`; the first value that does not fit is named in a `UserError`."""
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as errors:
+        first = errors.errors(include_url=False)[0]
+        path = [str(part) for part in first["loc"]]
+        name = ".".join(path)
+        if first["type"] == "extra_forbidden":
+            known = field_names(Settings)
+            raise UserError(f"there is no setting {name!r}{did_you_mean(name, known)}") from None
+        what = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
+        raise UserError(f"{name} = {first['input']!r} is not allowed: it {what}.") from None
+
+
+def field_names(section: type[Section], prefix: str = "") -> list[str]:
+    """All dotted names of a section's settings."""
+    names = []
+    for name, field in section.model_fields.items():
+        if is_section(field.annotation):
+            names += field_names(field.annotation, f"{prefix}{name}.")  # type: ignore[arg-type]
+        else:
+            names.append(f"{prefix}{name}")
+    return names
+
+
+def did_you_mean(given: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(given, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}."
+
+
+def is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+@functools.cache
+def mirror(section: type[Section]) -> type:
+    """A dataclass with the section's fields, for tyro to fill unchecked: the checks, and their wording, are ours."""
+    fields = []
+    for name, field in section.model_fields.items():
+        annotation: Any = field.annotation
+        kind = mirror(annotation) if is_section(annotation) else annotation
+        fields.append((name, Annotated[kind, tyro.conf.arg(help=(field.description or "").replace("`", ""))]))
+    view = dataclasses.make_dataclass(section.__name__, fields, frozen=True)
+    view.__doc__ = section.__doc__
+    return view
+
+
+def mirrored(section: Section) -> Any:
+    """`section` as an instance of its mirror."""
+    values = {name: getattr(section, name) for name in type(section).model_fields}
+    return mirror(type(section))(
+        **{name: mirrored(value) if isinstance(value, Section) else value for name, value in values.items()}
+    )
