@@ -1,0 +1,156 @@
+"""Reading and completing a DeepSpeed JSON: one owner per setting. Does not import deepspeed.
+
+The JSON owns what only DeepSpeed knows (buckets, overlap, offload details). Batch, accumulation, clipping, precision,
+optimizer and schedule belong to `Settings`, which are filled in here.
+"""
+
+import difflib
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ..config import Settings
+from ..errors import UserError
+
+DEEPSPEED_OWNS = frozenset(
+    {
+        "aio",
+        "checkpoint",
+        "comet",
+        "comms_logger",
+        "communication_data_type",
+        "csv_monitor",
+        "data_types",
+        "disable_allgather",
+        "disable_python_gc",
+        "dump_state",
+        "flops_profiler",
+        "gradient_allreduce_op",
+        "gradient_predivide_factor",
+        "log_level",
+        "memory_breakdown",
+        "prescale_gradients",
+        "seq_parallel_communication_data_type",
+        "steps_per_print",
+        "tensorboard",
+        "wall_clock_breakdown",
+        "wandb",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+        "zero_optimization",
+    }
+)
+
+# Key of the JSON -> the setting of ours that owns it.
+SETTINGS_OWN = {
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.global_batch and train.micro_batch",
+    "gradient_clipping": "optim.clip_grad",
+    "torch_autocast": "train.precision",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "amp": "train.precision",
+    "optimizer": "optim.*",
+    "scheduler": "optim.*",
+}
+
+
+def resolve_json(
+    settings: Settings, *, stage: int, micro_batch: int, accumulation: int, world_size: int, bf16: bool
+) -> dict[str, Any]:
+    """The whole DeepSpeed configuration of a run.
+
+    Args:
+        settings: the run's settings.
+        stage: ZeRO stage, as `resolve_stage` gives it.
+        micro_batch: pictures in one forward pass of a rank.
+        accumulation: forward passes of a rank in an optimizer step.
+        world_size: number of ranks.
+        bf16: whether the forward pass runs under bf16 autocast.
+
+    Raises:
+        UserError: for an unknown key, or one that a setting of ours owns with another value.
+    """
+    config, source = read_json(settings)
+    ours: dict[str, Any] = {
+        "train_batch_size": micro_batch * accumulation * world_size,
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "torch_autocast": {"enabled": bf16, "dtype": "bfloat16"},
+        "gradient_clipping": settings.optim.clip_grad or 0.0,
+    }
+    for key, value in config.items():
+        if key in SETTINGS_OWN and value not in ("auto", ours.get(key)):
+            raise UserError(
+                f"{source} sets {key} = {json.dumps(value)}, but {SETTINGS_OWN[key]} of the run owns it; "
+                f"remove {key} from the JSON and set {SETTINGS_OWN[key]}."
+            )
+    if stage == 0:  # the guarded optimizer clips, see optim.py
+        ours["gradient_clipping"] = 0.0
+    config["zero_optimization"] = config.get("zero_optimization", {}) | {"stage": stage}
+    defaults = {"zero_allow_untested_optimizer": True, "steps_per_print": None}
+    return defaults | config | ours
+
+
+def resolve_stage(settings: Settings) -> int:
+    """The ZeRO stage: `zero.stage`, or what `zero.config` says, or 1.
+
+    Raises:
+        UserError: when both are given and differ.
+    """
+    if settings.zero.config is None:
+        return 1 if settings.zero.stage is None else settings.zero.stage
+    config, source = read_json(settings)
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if settings.zero.stage not in (None, stage):
+        raise UserError(
+            f"zero.stage = {settings.zero.stage}, but zero_optimization.stage in {source} is {stage}; "
+            f"make them equal or leave zero.stage out."
+        )
+    if stage not in (0, 1, 2, 3):
+        raise UserError(f"zero_optimization.stage in {source} is {stage!r}; allowed are 0, 1, 2 and 3.")
+    if settings.zero.offload:
+        raise UserError(
+            f"zero.offload is for the built-in DeepSpeed configurations; put offload_optimizer into {source} instead."
+        )
+    return int(stage)
+
+
+def read_json(settings: Settings) -> tuple[dict[str, Any], str]:
+    """The user's JSON or the built-in one of the stage, with the name errors call it by."""
+    if settings.zero.config is not None:
+        source = str(settings.zero.config)
+        try:
+            text = Path(source).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"zero.config = {source} cannot be read ({error}); give a DeepSpeed JSON.") from None
+    else:
+        stage = 1 if settings.zero.stage is None else settings.zero.stage
+        source = f"zero{stage}{'_offload' if settings.zero.offload else ''}.json"
+        text = (resources.files("fused_beit.ds_configs") / source).read_text()
+    try:
+        config = json.loads(text, object_pairs_hook=lambda pairs: without_duplicates(pairs, source))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{source} is not valid JSON: {error}.") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{source} must hold one JSON object; see ds_configs/ for examples.")
+    known = DEEPSPEED_OWNS | SETTINGS_OWN.keys()
+    for key in config:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(sorted(known))}."
+            raise UserError(f"{source} has the unknown top-level key {key!r}, which DeepSpeed would ignore; {hint}")
+    if not isinstance(config.get("zero_optimization", {}), dict):
+        raise UserError(f"zero_optimization in {source} must be an object; see ds_configs/ for examples.")
+    return config, source
+
+
+def without_duplicates(pairs: list[tuple[str, Any]], source: str) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise UserError(f"{source} gives {key!r} twice; keep one.")
+        values[key] = value
+    return values

@@ -1,0 +1,296 @@
+"""DeepSpeed: process group, ZeRO engine, sharded checkpoints. The only module that imports deepspeed."""
+
+import importlib
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..config import Settings
+from ..errors import UserError
+from . import checkpoint
+from .deepspeed_json import resolve_json, resolve_stage
+from .optim import GuardedAdamW, parameter_groups
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # else it warns and guesses
+
+import deepspeed
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+T = TypeVar("T")
+
+# Rank 0 may train a tokenizer while the others wait for it.
+COLLECTIVE_TIMEOUT = timedelta(hours=6)
+
+# What DeepSpeed's own files hold besides tensors and plain values.
+DEEPSPEED_TYPES = [LossScaler, ZeroStageEnum, fragment_address]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process runs."""
+
+    rank: int
+    world_size: int
+    local_world_size: int
+    """Ranks on this machine."""
+    device: torch.device
+    threads: int
+    """CPU threads of this process."""
+
+
+def start(settings: Settings) -> Runtime:
+    """Join the process group, started by `deepspeed`, `torchrun` or nothing at all, and choose device and threads."""
+    quiet_deepspeed()
+    if dist.is_initialized():
+        return runtime(settings)
+    if not torch.cuda.is_available():
+        # Its shared-memory op serves inference only, costs a compiler and leaks memory in /dev/shm.
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    if "RANK" not in os.environ:  # no launcher: a group of one needs neither address nor port
+        backend = get_accelerator().communication_backend_name()
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        os.environ.setdefault("LOCAL_RANK", "0")
+    deepspeed.init_distributed(timeout=COLLECTIVE_TIMEOUT, verbose=False)
+    return runtime(settings)
+
+
+def runtime(settings: Settings) -> Runtime:
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    threads = settings.train.threads or max(1, len(os.sched_getaffinity(0)) // local_world_size)
+    torch.set_num_threads(threads)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    return Runtime(dist.get_rank(), dist.get_world_size(), local_world_size, device, threads)
+
+
+def quiet_deepspeed() -> None:
+    """Let DeepSpeed speak of errors only; the run's header says the rest."""
+    warnings.filterwarnings("ignore", r"`torch.distributed.*` is deprecated", FutureWarning)
+    if "DS_LOG_LEVEL" not in os.environ:
+        for name in ("DeepSpeed", "deepspeed"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def stop() -> None:
+    """Leave the process group together; ranks that end one by one may abort at exit."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    dist.barrier()
+
+
+def reduce_sum(values: Tensor) -> Tensor:
+    """Sum of `values` over all ranks, in place."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def on_first_rank(action: Callable[[], T]) -> T:
+    """Do something on rank 0 alone; its result, or its `UserError`, reaches every rank."""
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = action()
+        except UserError as error:
+            box[1] = str(error)
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise UserError(box[1])
+    return box[0]  # type: ignore[no-any-return]
+
+
+def from_all_ranks(value: Tensor) -> list[Tensor]:
+    """Equally shaped CPU tensors of all ranks, in rank order."""
+    device = get_accelerator().current_device_name() if torch.cuda.is_available() else "cpu"
+    gathered = [torch.empty_like(value, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, value.to(device))
+    return [tensor.cpu() for tensor in gathered]
+
+
+def batch_plan(settings: Settings, world_size: int) -> tuple[int, int]:
+    """Pictures in a forward pass of one rank, and forward passes in an optimizer step.
+
+    Raises:
+        UserError: when the global batch cannot be divided so.
+    """
+    total = settings.train.global_batch
+    if total % world_size:
+        near = total // world_size * world_size or world_size
+        raise UserError(
+            f"train.global_batch = {total} cannot be divided among {world_size} ranks; "
+            f"set it to a multiple of {world_size}, such as {near}."
+        )
+    share = total // world_size
+    micro_batch = settings.train.micro_batch or share
+    if share % micro_batch:
+        divisors = [n for n in range(1, share + 1) if share % n == 0]
+        nearest = min(divisors, key=lambda n: abs(n - micro_batch))
+        raise UserError(
+            f"train.micro_batch = {micro_batch} does not divide the {share} pictures each of {world_size} rank(s) has "
+            f"of train.global_batch = {total}; set it to a divisor of {share}, such as {nearest}."
+        )
+    return micro_batch, share // micro_batch
+
+
+class CheckedCheckpointEngine(TorchCheckpointEngine):
+    """Writes DeepSpeed's files durably and loads them without unpickling code."""
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        checkpoint.replace_durably(Path(path), lambda temporary: torch.save(state_dict, temporary))
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        with torch.serialization.safe_globals(DEEPSPEED_TYPES):
+            return torch.load(path, map_location=map_location, weights_only=True)
+
+
+class ZeroEngine:
+    """A model under DeepSpeed, with the optimizer its ZeRO stage needs.
+
+    Args:
+        model: module whose forward returns `(loss, accuracy)`.
+        settings: the run's settings.
+        runtime: where this process runs.
+        bf16: run the forward pass under bf16 autocast.
+    """
+
+    def __init__(self, model: nn.Module, settings: Settings, runtime: Runtime, *, bf16: bool):
+        self.stage = resolve_stage(settings)
+        self.bf16 = bf16
+        self.runtime = runtime
+        self.micro_batch, self.accumulation = batch_plan(settings, runtime.world_size)
+        config = resolve_json(
+            settings,
+            stage=self.stage,
+            micro_batch=self.micro_batch,
+            accumulation=self.accumulation,
+            world_size=runtime.world_size,
+            bf16=bf16,
+        )
+        optim = settings.optim
+        groups = parameter_groups(model.to(runtime.device), optim.weight_decay)
+        adamw: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
+        optimizer: torch.optim.Optimizer
+        if self.stage == 0:
+            optimizer = GuardedAdamW(groups, optim.clip_grad, **adamw)
+        else:
+            optimizer = torch.optim.AdamW(groups, fused=True, **adamw)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        self.engine.checkpoint_engine = CheckedCheckpointEngine()
+        self._skipped_in_a_row = self._most_in_a_row = 0
+
+    @property
+    def module(self) -> nn.Module:
+        return self.engine.module
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    def __call__(self, *args: Any) -> Any:
+        return self.engine(*args)
+
+    def autocast(self) -> torch.autocast:
+        """The precision of training, for forward passes beside it."""
+        return torch.autocast(self.runtime.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def backward(self, loss: Tensor) -> None:
+        self.engine.backward(loss)
+
+    def step(self) -> None:
+        """Count a forward pass; at the last one of an optimizer step, update the weights."""
+        boundary = self.engine.is_gradient_accumulation_boundary()
+        self.engine.step()
+        if boundary and self.stage > 0:
+            self._skipped_in_a_row = 0 if self.engine.was_step_applied() else self._skipped_in_a_row + 1
+            self._most_in_a_row = max(self._most_in_a_row, self._skipped_in_a_row)
+
+    def grad_norm(self) -> Tensor | float:
+        """Norm of the last gradient before clipping; on the device at stage 0."""
+        if isinstance(self.optimizer, GuardedAdamW):
+            return self.optimizer.grad_norm
+        return self.engine.get_global_grad_norm() or 0.0
+
+    def skipped(self) -> Tensor | tuple[float, float]:
+        """Steps skipped for a gradient that was not finite: in all, and the most in a row."""
+        if isinstance(self.optimizer, GuardedAdamW):
+            return self.optimizer.skipped[:2]
+        return float(self.engine.skipped_steps), float(self._most_in_a_row)
+
+    def save(self, checkpoints: Path, step: int, state: dict[str, Any], facts: dict[str, Any]) -> Path:
+        """Write a complete checkpoint; every rank calls this.
+
+        Args:
+            checkpoints: folder of all checkpoints.
+            step: optimizer steps done.
+            state: tensors and plain values to find again on load.
+            facts: plain values for the manifest, readable without torch.
+        """
+        tag = checkpoint.tag_of(step)
+        folder = checkpoints / tag
+        if self.runtime.rank == 0:
+            checkpoint.discard(folder)
+        dist.barrier()
+        self.engine.save_checkpoint(str(checkpoints), tag=tag, client_state={"run": state}, save_latest=False)
+        weights = self.full_state_dict()
+        dist.barrier()
+        if self.runtime.rank == 0:
+            checkpoint.replace_durably(folder / "model.safetensors", lambda path: save_file(weights, path))
+            shape = {"world_size": self.runtime.world_size, "stage": self.stage}
+            checkpoint.seal(folder, {"step": step, **shape, **facts})
+        dist.barrier()
+        return folder
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Continue from a checkpoint that `checkpoint.read_manifest` found sound; returns its `state`."""
+        path, state = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        if path is None:
+            raise UserError(f"{folder} could not be loaded by DeepSpeed; resume from another checkpoint.")
+        return dict(state["run"])
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """All weights in fp32 on the host of rank 0 (empty on other ranks); every rank calls this."""
+        parameters = list(self.module.parameters())
+        with deepspeed.zero.GatheredParameters(parameters, enabled=self.stage == 3):
+            if self.runtime.rank != 0:
+                return {}
+            return {
+                name: tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype).clone()
+                for name, tensor in self.module.state_dict().items()
+            }
+
+
+def refuse_other_shape(manifest: dict[str, Any], *, folder: Path, world_size: int, stage: int) -> None:
+    """Raise `UserError` when DeepSpeed cannot read this checkpoint's shards here."""
+    saved_world, saved_stage = manifest["world_size"], manifest["stage"]
+    same_layout = saved_stage == stage or {saved_stage, stage} == {1, 2}
+    if not same_layout:
+        raise UserError(
+            f"{folder} was written at ZeRO stage {saved_stage} and this run has stage {stage}; "
+            f"resume with --zero.stage {saved_stage}."
+        )
+    if stage > 0 and saved_world != world_size:
+        raise UserError(
+            f"{folder} was written by {saved_world} rank(s) at ZeRO stage {saved_stage} and this run has {world_size}; "
+            f"resume with {saved_world} rank(s)."
+        )
