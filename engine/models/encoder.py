@@ -1,0 +1,287 @@
+"""The encoder of BEiT: a pre-norm vision transformer with LayerScale and a learned relative position bias.
+
+B pictures, S their side in pixels, P patches, N = P+1 tokens (CLS first), D channels of a token, H heads, K channels
+of a head, C hidden channels of the MLP, M masked patches.
+
+Module and parameter names are those of the published code, so that its checkpoints read like ours. One differs: the
+tables of `rel_pos_bias="per_layer"` are `blocks.i.attn.rel_pos_bias.relative_position_bias_table` here, a module of
+the same kind as the shared one, and lack `rel_pos_bias` there.
+
+Every parameter is read in the forward of the module that owns it, also where an operator spans two modules: that is
+where ZeRO stage 3 has it gathered, compiled or not, in training or out of it.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fused_beit.kernels import (
+    Impl,
+    RelativePositionBias,
+    embed_tokens,
+    gather_masked,
+    rel_pos_attention,
+    residual_add,
+    residual_norm,
+    resolve,
+)
+
+from ..config import ModelSettings
+
+NORM_EPS = 1e-6
+INIT_STD = 0.02
+ATTENTION_ONLY = {Impl.SDPA, Impl.XFORMERS, Impl.FLEX}
+
+
+def init_normal_(tensor: Tensor) -> None:
+    """Normal with deviation 0.02, cut off at one deviation, as published for pre-training."""
+    nn.init.trunc_normal_(tensor, std=INIT_STD, a=-INIT_STD, b=INIT_STD)
+
+
+def impl_besides_attention(impl: str) -> str:
+    """`impl` for the other operators: sdpa, xformers and flex are ways to compute attention and leave them at auto."""
+    return "auto" if impl in ATTENTION_ONLY else impl
+
+
+class PatchProjection(nn.Conv2d):
+    """The convolution whose kernel is its stride, computed as the matrix product that it is: faster on a CPU."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """pixels [B, 3, S, S] -> patch embeddings [B, P, D]."""
+        num_pictures, channels, height, width = input.shape
+        patch = self.kernel_size[0]
+        rows, columns = height // patch, width // patch
+        patches = input.view(num_pictures, channels, rows, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)
+        patches_BPE = patches.reshape(num_pictures, rows * columns, channels * patch * patch)
+        return F.linear(patches_BPE, self.weight.flatten(1), self.bias)
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches, row by row, each through one linear map."""
+
+    def __init__(self, patch_size: int, width: int) -> None:
+        super().__init__()
+        self.proj = PatchProjection(3, width, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels [B, 3, S, S] -> patch embeddings [B, P, D]."""
+        return self.proj(pixels)
+
+
+class QkvLinear(nn.Linear):
+    """Query, key and value in one product, with a bias that is handed in: BEiT learns none for the keys."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 3 * width, bias=False)
+
+    def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(input, self.weight, bias)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention whose scores get a bias shared by all pictures."""
+
+    k_bias: Tensor
+
+    def __init__(self, width: int, num_heads: int, window: tuple[int, int] | None, impl: str) -> None:
+        """`window`: sides of the grid of patches, for a table of this layer's own; None: the bias is handed in."""
+        super().__init__()
+        self.num_heads = num_heads
+        self.impl = impl
+        self.qkv = QkvLinear(width)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.register_buffer("k_bias", torch.zeros(width), persistent=False)
+        self.rel_pos_bias = None if window is None else RelativePositionBias(window, num_heads)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, h_BND: Tensor, bias_HNN: Tensor | None) -> Tensor:
+        """[B, N, D], bias [H, N, N] or None -> [B, N, D]."""
+        if self.rel_pos_bias is not None:
+            bias_HNN = self.rel_pos_bias()
+        qkv = self.qkv(h_BND, torch.cat([self.q_bias, self.k_bias, self.v_bias]))
+        qkv_BN3HK = qkv.unflatten(-1, (3, self.num_heads, -1))
+        return self.proj(rel_pos_attention(qkv_BN3HK, bias_HNN, impl=self.impl))
+
+
+class Mlp(nn.Module):
+    """Linear, GELU (the exact one), linear."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, h_BND: Tensor) -> Tensor:
+        """[B, N, D] -> [B, N, D]."""
+        return self.fc2(F.gelu(self.fc1(h_BND)))
+
+
+class ResidualNorm(nn.LayerNorm):
+    """LayerNorm in one pass with the residual before it: LayerScale, DropPath, add, norm."""
+
+    def __init__(self, width: int, impl: str) -> None:
+        super().__init__(width, eps=NORM_EPS)
+        self.impl = impl
+
+    def forward(  # type: ignore[override]  # a norm of a sum
+        self, x_BND: Tensor, y_BND: Tensor, gamma_D: Tensor | None, keep_B: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """x, y [B, N, D], gamma [D], keep [B] -> x_new = x + keep * gamma * y and the norm of x_new."""
+        return residual_norm(x_BND, y_BND, gamma_D, keep_B, self.weight, self.bias, eps=self.eps, impl=self.impl)
+
+
+class FinalNorm(nn.LayerNorm):
+    """LayerNorm of all tokens, or of the masked ones alone."""
+
+    def __init__(self, width: int, impl: str) -> None:
+        super().__init__(width, eps=NORM_EPS)
+        self.impl = impl
+
+    def forward(self, input: Tensor, masked_positions: Tensor | None = None) -> Tensor:
+        """[B, N, D] -> [B, N, D]; with masked_positions int64 [B, M] -> [B*M, D], zeros for empty slots."""
+        if masked_positions is None:
+            return super().forward(input)
+        return gather_masked(input, masked_positions, self.weight, self.bias, eps=self.eps, impl=self.impl)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each with LayerScale, DropPath and residual.
+
+    It takes its input normed already and has it normed for the next block, so that each residual and the norm after
+    it are one pass over the tokens.
+    """
+
+    def __init__(self, settings: ModelSettings, window: tuple[int, int] | None, impl: str, *, first: bool) -> None:
+        """`first`: no residual comes before its first norm."""
+        super().__init__()
+        width = settings.width
+        self.impl = impl_besides_attention(impl)
+        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS) if first else ResidualNorm(width, self.impl)
+        self.attn = Attention(width, settings.num_heads, window, impl)
+        self.norm2 = ResidualNorm(width, self.impl)
+        self.mlp = Mlp(width, hidden_width(settings))
+        self.gamma_1: nn.Parameter | None = None
+        self.gamma_2: nn.Parameter | None = None
+        if settings.layer_scale:
+            self.gamma_1 = nn.Parameter(torch.full((width,), settings.layer_scale))
+            self.gamma_2 = nn.Parameter(torch.full((width,), settings.layer_scale))
+
+    def forward(
+        self,
+        x_BND: Tensor,
+        h_BND: Tensor,
+        bias_HNN: Tensor | None,
+        keep_2B: Tensor | None,
+        next_norm: nn.Module | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Residual stream x and h = norm1(x) -> the new x, and the next block's h or None where no norm follows.
+
+        keep_2B:   DropPath's factors of the attention and of the MLP branch
+        next_norm: norm1 of the next block
+        """
+        keep_attn, keep_mlp = (None, None) if keep_2B is None else keep_2B.unbind(0)
+        x_BND, h_BND = self.norm2(x_BND, self.attn(h_BND, bias_HNN), self.gamma_1, keep_attn)
+        y_BND = self.mlp(h_BND)
+        if next_norm is None:
+            return residual_add(x_BND, y_BND, self.gamma_2, keep_mlp, impl=self.impl), None
+        return next_norm(x_BND, y_BND, self.gamma_2, keep_mlp)
+
+
+class Encoder(nn.Module):
+    """BEiT's encoder (arXiv:2106.08254, section 2.2), initialised from torch's generator as published.
+
+    settings:   shape of the model
+    image_size: S, side of its pictures in pixels; a multiple of the patch size
+    impl:       implementation of the operators; sdpa, xformers and flex concern attention alone
+    Raises ImplUnavailable for an `impl` that an operator does not have, ValueError for sides that do not divide.
+
+    `drop_path_rates` [depth] holds the share of pictures that each block drops, for `keep_scales`.
+    """
+
+    drop_path_rates: Tensor
+
+    def __init__(self, settings: ModelSettings, image_size: int, *, impl: str = "auto") -> None:
+        super().__init__()
+        width, depth = settings.width, settings.depth
+        if image_size % settings.patch_size or width % settings.num_heads:
+            raise ValueError(
+                f"Encoder: expected image_size to be a multiple of patch_size and width of num_heads, but got "
+                f"{image_size}, {settings.patch_size} and {width}, {settings.num_heads}"
+            )
+        self.impl = impl_besides_attention(impl)
+        for operator in ("embed_tokens", "residual_norm", "residual_add", "gather_masked"):
+            resolve(operator, self.impl, "cpu")  # a request by name is refused here, not in the first step
+        resolve("rel_pos_attention", impl, "cpu")
+        self.image_size = image_size
+        self.grid = image_size // settings.patch_size
+        window = (self.grid, self.grid)
+        own_window = window if settings.rel_pos_bias == "per_layer" else None
+
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        self.patch_embed = PatchEmbed(settings.patch_size, width)
+        self.pos_embed: nn.Parameter | None = None
+        if settings.abs_pos_embed:
+            self.pos_embed = nn.Parameter(torch.empty(1, self.grid**2 + 1, width))
+        self.rel_pos_bias: RelativePositionBias | None = None
+        if settings.rel_pos_bias == "shared":
+            self.rel_pos_bias = RelativePositionBias(window, settings.num_heads)
+        self.blocks = nn.ModuleList(Block(settings, own_window, impl, first=layer == 0) for layer in range(depth))
+        self.norm = FinalNorm(width, self.impl)
+        self.register_buffer("drop_path_rates", torch.linspace(0, settings.drop_path, depth), persistent=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Published initialisation: biases 0, the rest normal, what ends a branch of block l divided by sqrt(2 l)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                init_normal_(module.weight)
+                if module.bias is not None:
+                    module.bias.zero_()
+        for tensor in (self.cls_token, self.mask_token, self.pos_embed):
+            if tensor is not None:
+                init_normal_(tensor)
+        for layer, block in enumerate(self.blocks, start=1):
+            assert isinstance(block, Block)
+            block.attn.proj.weight.div_((2 * layer) ** 0.5)
+            block.mlp.fc2.weight.div_((2 * layer) ** 0.5)
+
+    def forward(self, pixels: Tensor, masked_positions: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+        """Tokens before the final norm, which belongs to whoever reads them.
+
+        pixels:           [B, 3, S, S]      floating point, normalised
+        masked_positions: int64 [B, M]      patches replaced by the mask token, -1: empty slot; None: nothing masked
+        keep:             [depth, 2, B]     DropPath's factors of the attention and MLP branches; None: nothing dropped
+        ->                [B, P+1, D]       CLS first; fp32 under autocast too
+        Raises ValueError for pictures of another size.
+        """
+        side = self.image_size
+        if pixels.shape[1:] != (3, side, side):
+            raise ValueError(f"Encoder: expected pixels [B, 3, {side}, {side}], but got {list(pixels.shape)}")
+        x_BND = embed_tokens(
+            self.patch_embed(pixels),
+            self.mask_token.flatten(),
+            self.cls_token.flatten(),
+            None if self.pos_embed is None else self.pos_embed.squeeze(0),
+            masked_positions,
+            impl=self.impl,
+        )
+        bias_HNN = None if self.rel_pos_bias is None else self.rel_pos_bias()
+        norms = [block.get_submodule("norm1") for block in self.blocks]
+        h_BND = norms[0](x_BND)
+        for layer, block in enumerate(self.blocks):
+            keep_2B = None if keep is None else keep[layer]
+            next_norm = norms[layer + 1] if layer + 1 < len(norms) else None
+            x_BND, h_BND = block(x_BND, h_BND, bias_HNN, keep_2B, next_norm)
+        return x_BND
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Normed tokens of whole pictures: [B, 3, S, S] -> [B, P+1, D]."""
+        return self.norm(self(pixels))
+
+
+def hidden_width(settings: ModelSettings) -> int:
+    """Hidden channels of the MLP."""
+    return int(settings.width * settings.mlp_ratio)

@@ -1,0 +1,50 @@
+"""Work and size of a pre-training, counted from its settings."""
+
+from ..config import ModelSettings
+from .encoder import hidden_width
+
+
+def pretraining_flops(settings: ModelSettings, image_size: int, num_masked: int, vocab_size: int) -> float:
+    """Floating point operations of one pre-training step for one picture, forward and backward.
+
+    A multiply-add counts 2. With P patches of p x p pixels, N = P+1 tokens, width D, MLP width C, depth L, M masked
+    patches and V visual tokens:
+
+        patches    2 P 3p^2 D
+        linears    2 N L (4 D^2 + 2 D C)        qkv, projection, fc1, fc2
+        attention  4 N^2 D L                    q k^T and attention times v
+        head       2 M D V                      on the masked tokens alone
+        step       3 (patches + linears + attention + head) - patches
+
+    The backward pass is two products for each of the forward's, but no gradient of the pixels is taken. Norms, GELU,
+    softmax, the frozen tokenizer and what is computed twice to save memory do not count, by convention.
+    """
+    num_patches = (image_size // settings.patch_size) ** 2
+    num_tokens = num_patches + 1
+    width, depth = settings.width, settings.depth
+    patches = 2 * num_patches * 3 * settings.patch_size**2 * width
+    linears = 2 * num_tokens * depth * (4 * width**2 + 2 * width * hidden_width(settings))
+    attention = 4 * num_tokens**2 * width * depth
+    head = 2 * num_masked * width * vocab_size
+    return float(3 * (patches + linears + attention + head) - patches)
+
+
+def parameter_count(settings: ModelSettings, image_size: int, vocab_size: int) -> int:
+    """Parameters of a `MaskedImageModel`, without building it."""
+    grid = image_size // settings.patch_size
+    width, hidden = settings.width, hidden_width(settings)
+    table = ((2 * grid - 1) ** 2 + 3) * settings.num_heads
+    norm = 2 * width
+    attention = 3 * width**2 + 2 * width + width**2 + width  # no key bias
+    mlp = 2 * width * hidden + hidden + width
+    block = 2 * norm + attention + mlp
+    if settings.layer_scale:
+        block += 2 * width
+    if settings.rel_pos_bias == "per_layer":
+        block += table
+    tokens = 2 * width + (3 * settings.patch_size**2 + 1) * width  # CLS, mask, patch embedding
+    if settings.abs_pos_embed:
+        tokens += (grid**2 + 1) * width
+    if settings.rel_pos_bias == "shared":
+        tokens += table
+    return tokens + settings.depth * block + norm + (width + 1) * vocab_size
