@@ -26,6 +26,8 @@ PRESETS = resources.files(__package__) / "presets"
 
 def run_script(main: Callable[[Sequence[str]], None]) -> None:
     """Run a script's `main(argv)`; a `UserError` becomes one line on stderr and exit code 2."""
+    # Read when torch is loaded. Threads that spin at a barrier while another process has their core cost tenfold.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         main(sys.argv[1:])
     except UserError as error:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 # Set before anything imports torch or transformers.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # One thread a worker, and the same with one worker: sums, and so golden losses, depend on the number of threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -27,7 +27,7 @@ def tag_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def replace_durably(path: Path, write: Callable[[Path], None]) -> None:
+def replace_durably(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file, sync it to the disk and give it its name in one move."""
     temporary = path.with_name(path.name + ".tmp")
     write(temporary)
@@ -56,16 +56,12 @@ def seal(folder: Path, facts: dict[str, Any]) -> None:
     """Write the manifest of a complete folder and point `latest` to it."""
     files = {file.name: [file.stat().st_size, crc32(file)] for file in sorted(folder.iterdir()) if is_payload(file)}
     manifest = json.dumps({"format": FORMAT, **facts, "files": files}, indent=1)
-    replace_durably(folder / MANIFEST, lambda path: _write(path, manifest))
-    replace_durably(folder.parent / LATEST, lambda path: _write(path, folder.name))
+    replace_durably(folder / MANIFEST, lambda path: path.write_text(manifest))
+    replace_durably(folder.parent / LATEST, lambda path: path.write_text(folder.name))
 
 
 def is_payload(file: Path) -> bool:
     return file.suffix in (".pt", ".safetensors", ".json") and file.name != MANIFEST
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -17,7 +17,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     Biases, all vectors (norms, LayerScale, q and v bias), the CLS token and absolute positions are not decayed; the
     mask token, the bias tables and the output layer are (unilm, `optim_factory.get_parameter_groups`).
     """
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

@@ -59,7 +59,7 @@ def start(settings: Settings) -> Runtime:
         return runtime(settings)
     if not torch.cuda.is_available():
         # Its shared-memory op serves inference only, costs a compiler and leaks memory in /dev/shm.
-        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+        setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)  # noqa: B010
     if "RANK" not in os.environ:  # no launcher: a group of one needs neither address nor port
         backend = get_accelerator().communication_backend_name()
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -117,7 +117,8 @@ def on_first_rank(action: Callable[[], T]) -> T:
         dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
         raise UserError(box[1])
-    return box[0]  # type: ignore[no-any-return]
+    result: T = box[0]
+    return result
 
 
 def from_all_ranks(value: Tensor) -> list[Tensor]:

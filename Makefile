@@ -1,0 +1,78 @@
+# Every target makes the environment it needs, so any of them can be the first on a fresh clone.
+#
+#   make pretrain                       a whole small pre-training, minutes long, ending in a report
+#   make pretrain ARGS="--preset ..."   the same command with options (see README.md)
+#   make test                           the tests that need no GPU and little time
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+# Python 3.11 where it has a name of its own, else whatever `python3` is; `make PYTHON=...` chooses another.
+PYTHON ?= $(shell command -v python3.11 || echo python3)
+BIN := .venv/bin
+ARGS ?=
+
+# Workers of the tests: one a core, two at most, as some tests start two processes of their own.
+WORKERS ?= $(shell [ "$$(getconf _NPROCESSORS_ONLN)" -ge 2 ] && echo 2 || echo 0)
+
+HAS_GPU := $(shell (nvidia-smi -L 2>/dev/null || ls /dev/nvidia0 2>/dev/null) | head -n 1)
+CONSTRAINT := $(if $(HAS_GPU),,--constraint constraints-cpu.txt)
+INSTALL_INPUTS := setup.py pyproject.toml constraints-cpu.txt
+
+.PHONY: help .venv .venv-peers pretrain test test-all test-gpu lint bench-smoke bench peers clean
+
+help:
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | column -t -s '|'
+
+.venv: .venv/installed
+
+.venv/installed: $(INSTALL_INPUTS)
+	@$(call check_python)
+	[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check $(CONSTRAINT) --editable '.[dev]'
+	@touch $@
+
+pretrain: .venv/installed  ## pre-train; ARGS="--preset beit_tiny --data.path FOLDER" adds options
+	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed engine/pretrain.py $(ARGS)
+
+test: .venv/installed  ## the tests that need no GPU and little time
+	$(BIN)/pytest -n $(WORKERS) --dist loadgroup -m 'not slow and not gpu' $(ARGS)
+
+test-all: .venv/installed  ## all tests; those for a GPU are skipped where there is none
+	$(BIN)/pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+
+test-gpu: .venv/installed  ## the tests that need a GPU
+	$(BIN)/pytest -m gpu $(ARGS)
+
+lint: .venv/installed  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@mkdir -p build/types/fused_beit
+	@ln -sfn ../../../kernels build/types/fused_beit/kernels
+	@ln -sfn ../../../engine build/types/fused_beit/engine
+	$(BIN)/mypy
+
+bench-smoke: .venv/installed  ## every benchmark once at a small size; its times mean nothing
+	$(BIN)/pytest benchmarks/ --benchmark-only --sizes smoke $(ARGS)
+
+bench: .venv/installed  ## the benchmarks at full size
+	$(BIN)/pytest benchmarks/ --benchmark-only $(ARGS)
+
+peers: .venv-peers/installed  ## an environment with the libraries that the benchmarks compare with
+
+.venv-peers: .venv-peers/installed
+
+.venv-peers/installed: $(INSTALL_INPUTS)
+	@$(call check_python)
+	[ -x .venv-peers/bin/python ] || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --disable-pip-version-check --editable '.[dev,peers]'
+	@touch $@
+
+clean:  ## delete the environments and what the tools remember, but no run's output
+	rm -rf .venv .venv-peers build dist *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache
+
+define check_python
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1), and Python 3.11 or newer is needed;" \
+	"give one with: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+endef

@@ -1,0 +1,1 @@
+"""Timings of whole steps, operators, masks and pictures, each checked for its result before it is timed."""

@@ -1,0 +1,1 @@
+"""Discrete tokenizers: pictures to codes and back."""

@@ -1,0 +1,219 @@
+"""The training loop. Touches the host only to log: the loss stays on the device between two logged steps."""
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import Settings
+from ..data.loading import BadPictureLog, Batch
+from ..errors import RankError, UserError
+from ..tokenizer.dvae import DiscreteVAE
+from .evaluation import Evaluation, tokens_of
+from .metrics import MetricsLog, Progress
+from .optim import Schedule
+from .zero import ZeroEngine, reduce_sum
+
+
+class StopRequest:
+    """While entered, remembers the first SIGTERM or SIGINT; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._remember)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+        signal.signal(number, signal.SIG_DFL)
+
+
+@dataclass
+class Loop:
+    """Everything a run trains with.
+
+    `evaluate()` (None without held-out pictures) and `save(step)` are called on every rank. The loop ends at
+    `end_step`, or at a logged step after a stop was requested on any rank.
+    """
+
+    engine: ZeroEngine
+    tokenizer: DiscreteVAE
+    batches: Iterator[Batch]
+    schedule: Schedule
+    settings: Settings
+    log: MetricsLog | None
+    progress: Progress
+    bad_pictures: BadPictureLog
+    stop: StopRequest
+    evaluate: Callable[[], Evaluation | None]
+    save: Callable[[int], None]
+    steps_per_epoch: int
+    flops_per_picture: float
+    peak_flops: float | None
+
+    def run(self, start_step: int, end_step: int) -> int:
+        """Train from `start_step` steps done to `end_step`; returns the steps done."""
+        train = self.settings.train
+        interval = Interval(self.engine.runtime.device)
+        for step in range(start_step, end_step):
+            self.train_step(step, interval)
+            done = step + 1
+            stopping = False
+            if done % train.log_every == 0 or done == end_step:
+                stopping = self.report(done, interval)
+                interval = Interval(self.engine.runtime.device)
+            if train.eval_every and done % train.eval_every == 0 and done != end_step:
+                evaluation = self.evaluate()
+                if evaluation is not None:
+                    self.report_evaluation(done, evaluation)
+                interval.restart()
+            if stopping:
+                self.save(done)
+                return done
+            if done % train.save_every == 0 and done != end_step:
+                self.save(done)
+                interval.restart()
+        return end_step
+
+    def train_step(self, step: int, interval: "Interval") -> None:
+        """One optimizer step; `step` counts from 0."""
+        engine = self.engine
+        self.schedule.apply(engine.param_groups, step)
+        for _ in range(engine.accumulation):
+            try:
+                batch = interval.wait_for(self.batches)
+                self.bad_pictures.add(batch)
+            except UserError as error:
+                raise RankError(str(error)) from None
+            batch = batch.to(engine.runtime.device)
+            token_ids = tokens_of(self.tokenizer, batch)
+            loss, accuracy = engine(
+                batch.patch_view, batch.masked_positions, token_ids, batch.sample_ids, self.settings.train.seed
+            )
+            engine.backward(loss)
+            engine.step()
+            interval.add(loss, accuracy)
+
+    def report(self, done: int, interval: "Interval") -> bool:
+        """Read the interval's figures from the device, say them, and tell whether a rank was asked to stop."""
+        engine, train = self.engine, self.settings.train
+        figures = interval.figures(engine, self.bad_pictures.count, self.stop.received)
+        seconds = interval.seconds()
+        pictures_per_s = interval.steps(engine.accumulation) * train.global_batch / max(seconds, 1e-9)
+        row: dict[str, Any] = {
+            "step": done,
+            "epoch": done / self.steps_per_epoch,
+            "loss": figures["loss"],
+            "mlm_acc": figures["mlm_acc"],
+            "lr": self.schedule.lr(done - 1),
+            "weight_decay": self.schedule.weight_decay(done - 1),
+            "grad_norm": figures["grad_norm"],
+            "skipped": int(figures["skipped"]),
+            "bad_pictures": int(figures["bad_pictures"]),
+            "images_per_s": pictures_per_s,
+            "data_wait": interval.waited / max(seconds, 1e-9),
+        }
+        if self.peak_flops is not None:
+            row["mfu"] = pictures_per_s * self.flops_per_picture / (self.peak_flops * engine.runtime.world_size)
+        if self.log is not None:
+            self.log.write(row)
+        self.progress.update(done, summary(row))
+        if figures["skipped_in_a_row"] >= train.max_skipped:
+            raise UserError(
+                f"the gradient was not finite {int(figures['skipped_in_a_row'])} steps in a row, up to step {done} "
+                f"(train.max_skipped = {train.max_skipped}); lower optim.lr, lengthen the warm-up, "
+                f"set optim.clip_grad or use train.precision fp32, and start from a checkpoint with --resume PATH."
+            )
+        return figures["stop"] > 0
+
+    def close(self) -> None:
+        self.progress.close()
+        if self.log is not None:
+            self.log.close()
+
+    def report_evaluation(self, done: int, evaluation: Evaluation) -> None:
+        """Say and keep held-out figures."""
+        if self.log is not None:
+            self.log.write(
+                {
+                    "step": done,
+                    "val_loss": evaluation.loss,
+                    "val_mlm_acc": evaluation.accuracy,
+                    "token_entropy": evaluation.token_entropy,
+                    "commonest_share": evaluation.commonest_share,
+                }
+            )
+        self.progress.say(
+            f"step {done}: held-out loss {evaluation.loss:.3f} (token entropy {evaluation.token_entropy:.3f}), "
+            f"accuracy {evaluation.accuracy:.1%} (commonest token {evaluation.commonest_share:.1%})"
+        )
+
+
+class Interval:
+    """Sums between two logged steps, kept on the device, and the host's waiting times."""
+
+    def __init__(self, device: torch.device):
+        self.sums = torch.zeros(2, device=device)
+        self.passes = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Leave out of the speed what was not training."""
+        self.timed_from = self.passes
+        self.waited = 0.0
+        self.began = time.monotonic()
+
+    def wait_for(self, batches: Iterator[Batch]) -> Batch:
+        before = time.monotonic()
+        batch = next(batches)
+        self.waited += time.monotonic() - before
+        return batch
+
+    def add(self, loss: Tensor, accuracy: Tensor) -> None:
+        self.sums += torch.stack([loss.detach(), accuracy]).float()
+        self.passes += 1
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    def steps(self, accumulation: int) -> float:
+        return (self.passes - self.timed_from) / accumulation
+
+    def figures(self, engine: ZeroEngine, bad_pictures: int, stop: bool) -> dict[str, float]:
+        """Figures of all ranks together, in one reduction and one transfer."""
+        device = self.sums.device
+        mean = self.sums / (self.passes * engine.runtime.world_size)
+        per_rank = torch.tensor([bad_pictures, stop], dtype=torch.float32, device=device)
+        summed = reduce_sum(torch.cat([mean, per_rank]))
+        same = [torch.as_tensor(value, device=device).float() for value in (engine.grad_norm(), *engine.skipped())]
+        names = ("loss", "mlm_acc", "bad_pictures", "stop", "grad_norm", "skipped", "skipped_in_a_row")
+        return dict(zip(names, torch.cat([summed, torch.stack(same)]).tolist(), strict=True))
+
+
+def summary(row: dict[str, Any]) -> str:
+    """A logged row in a line."""
+    parts = [
+        f"loss {row['loss']:.3f}",
+        f"mlm_acc {row['mlm_acc']:.1%}",
+        f"lr {row['lr']:.1e}",
+        f"{row['images_per_s']:.0f} pictures/s",
+        f"waits {row['data_wait']:.0%}",
+    ]
+    if "mfu" in row:
+        parts.append(f"mfu {row['mfu']:.1%}")
+    if row["skipped"]:
+        parts.append(f"skipped {row['skipped']}")
+    return "  ".join(parts)

@@ -1,0 +1,348 @@
+"""A whole pre-training: builds the pieces from the settings, runs the loop, leaves checkpoint and report."""
+
+from collections.abc import Iterator
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fused_beit.kernels import ImplUnavailable, Resolved, resolve
+
+from ..config import Settings, result_settings, speed_settings
+from ..data.digits import Digits
+from ..data.folder import ImageFolder, split
+from ..data.loading import BadPictureLog, Batch, check_readable, train_loader, val_batches
+from ..data.source import Source
+from ..errors import UserError
+from ..models.encoder import impl_besides_attention
+from ..models.flops import pretraining_flops
+from ..models.mim import MaskedImageModel
+from . import checkpoint, zero
+from .deepspeed_json import resolve_stage
+from .evaluation import Evaluation, evaluate, fill_pictures
+from .header import header, human_bytes, training_memory
+from .loop import Loop, StopRequest
+from .metrics import MetricsLog, Progress, duration, peak_flops, read_metrics
+from .optim import Schedule
+from .report import PictureRow, Report, write_report
+from .run_folder import RunFolder, comparable, find_resume, run_facts
+from .tokenizer_stage import prepare_tokenizer
+
+PICTURES_IN_REPORT = 8
+OPERATORS = ("embed_tokens", "gather_masked", "residual_norm", "residual_add", "token_loss", "nearest_code")
+
+
+def pretrain(settings: Settings) -> bool:
+    """Run or continue a pre-training; returns whether it reached its end (False: it was asked to stop).
+
+    Every rank calls this. What can be known to be wrong is found before anything is written.
+
+    Raises:
+        UserError: for anything the user can mend.
+    """
+    folder = RunFolder(settings.output_dir)
+    folder.refuse_if_used(settings)
+    stage = resolve_stage(settings)
+    implementations = resolve_implementations(settings.train.impl)
+    pictures = open_pictures(settings)
+    runtime = zero.start(settings)
+    first = runtime.rank == 0
+    zero.batch_plan(settings, runtime.world_size)
+    resume_from, manifest, problems = zero.on_first_rank(partial(find_resume, settings))
+    if resume_from is not None:
+        zero.refuse_other_shape(manifest, folder=resume_from, world_size=runtime.world_size, stage=stage)
+    zero.on_first_rank(partial(folder.claim, clear=settings.overwrite))
+    with folder:
+        for problem in problems if first else []:
+            print(f"warning: {problem}")
+        run = Run(settings, folder, pictures, runtime, resume_from, implementations)
+        try:
+            with run.loop.stop:
+                done = run.loop.run(run.start_step, run.end_step)
+            return run.finish(done)
+        finally:
+            run.loop.close()
+
+
+class Pictures(NamedTuple):
+    """The two sets of pictures of a run; the second may be empty."""
+
+    train: Source
+    val: Source | None
+    subject: str
+    """What they show, as it stands in a sentence."""
+
+
+class Run:
+    """All pieces of a run, built and, where it resumes, loaded.
+
+    Args:
+        settings: checked settings.
+        folder: the claimed output folder.
+        pictures: what to train and evaluate on.
+        runtime: where this process runs.
+        resume_from: a sound checkpoint to go on from, or None.
+        implementations: what each operator was resolved to.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        folder: RunFolder,
+        pictures: Pictures,
+        runtime: zero.Runtime,
+        resume_from: Path | None,
+        implementations: dict[str, Resolved],
+    ):
+        self.settings, self.folder, self.pictures, self.runtime = settings, folder, pictures, runtime
+        self.first = runtime.rank == 0
+        self.facts = run_facts(runtime.device)
+        self.tokenizer, tokenizer_facts = prepare_tokenizer(settings, folder, pictures.train, runtime)
+        self.bf16 = resolve_bf16(settings, runtime.device)
+        self.steps_per_epoch, self.total_steps = run_length(settings, len(pictures.train))
+        self.end_step = min(self.total_steps, settings.train.stop_at_step or self.total_steps)
+
+        torch.manual_seed(settings.train.seed)
+        data, train = settings.data, settings.train
+        vocab_size = self.tokenizer.vocab_size
+        model = MaskedImageModel(settings.model, data.image_size, vocab_size, normalize=data.normalize, impl=train.impl)
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.flops = pretraining_flops(settings.model, data.image_size, settings.mask.num_patches, vocab_size)
+        self.engine = zero.ZeroEngine(model, settings, runtime, bf16=self.bf16)
+        self.start_step = self.load(resume_from) if resume_from is not None else 0
+
+        if self.first:
+            folder.write_settings(settings, self.facts)
+            print(self.header(tokenizer_facts, implementations), flush=True)
+        loader = train_loader(
+            pictures.train,
+            data,
+            settings.mask,
+            settings.grid,
+            settings.grid * self.tokenizer.stride,
+            global_batch=train.global_batch,
+            micro_batch=self.engine.micro_batch,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            seed=train.seed,
+            start_step=self.start_step,
+            num_steps=self.end_step,
+        )
+        self.loop = Loop(
+            engine=self.engine,
+            tokenizer=self.tokenizer,
+            batches=iter(loader),
+            schedule=Schedule(settings.optim, self.total_steps, self.steps_per_epoch),
+            settings=settings,
+            log=MetricsLog(folder.path, self.start_step) if self.first else None,
+            progress=Progress(self.end_step, self.start_step, enabled=self.first),
+            bad_pictures=BadPictureLog(data.max_bad_share),
+            stop=StopRequest(),
+            evaluate=self.evaluate,
+            save=self.save,
+            steps_per_epoch=self.steps_per_epoch,
+            flops_per_picture=self.flops,
+            peak_flops=peak_flops(self.facts["device"]),
+        )
+
+    def load(self, checkpoint_folder: Path) -> int:
+        """Weights, optimizer and random states of a checkpoint; returns its step."""
+        state = self.engine.load(checkpoint_folder)
+        torch.set_rng_state(state["rng"][self.runtime.rank % len(state["rng"])])
+        return int(state["step"])
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint; every rank calls this."""
+        state = {"step": step, "rng": zero.from_all_ranks(torch.get_rng_state())}
+        self.engine.save(
+            self.folder.checkpoints, step, state, {"settings": comparable(self.settings), "facts": self.facts}
+        )
+        if self.first:
+            checkpoint.prune(self.folder.checkpoints, self.settings.train.keep_checkpoints)
+
+    def evaluate(self) -> Evaluation | None:
+        """Held-out figures over all ranks; None without held-out pictures."""
+        if self.pictures.val is None:
+            return None
+        runtime = self.runtime
+        batches = self.val_batches(self.pictures.val, self.engine.micro_batch, runtime.rank, runtime.world_size)
+        return evaluate(self.engine, self.tokenizer, batches)
+
+    def val_batches(self, pictures: Source, batch_size: int, rank: int, world_size: int) -> Iterator[Batch]:
+        settings = self.settings
+        return val_batches(
+            pictures,
+            settings.data,
+            settings.mask,
+            settings.grid,
+            settings.grid * self.tokenizer.stride,
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            seed=settings.train.seed,
+        )
+
+    def finish(self, done: int) -> bool:
+        """Evaluate, save and report after the loop; returns whether the session did what it was to do."""
+        stopped = done < self.end_step
+        evaluation = None
+        rows: list[PictureRow] = []
+        if not stopped:
+            evaluation = self.evaluate()
+            if evaluation is not None and self.pictures.val is not None:
+                self.loop.report_evaluation(done, evaluation)
+                # The same pictures on every rank: at ZeRO stage 3 all of them must take part.
+                shown = self.val_batches(self.pictures.val, PICTURES_IN_REPORT, rank=0, world_size=1)
+                rows = fill_pictures(self.engine, self.tokenizer, next(shown))
+            self.save(done)
+        if self.first:
+            self.say_end(done, stopped, evaluation, rows)
+        return not stopped
+
+    def say_end(self, done: int, stopped: bool, evaluation: Evaluation | None, rows: list[PictureRow]) -> None:
+        """Write what a person reads at the end, and say where it is."""
+        folder, bad = self.folder, self.loop.bad_pictures
+        if bad.names:
+            folder.bad_pictures.write_text("".join(f"{name}\n" for name in bad.names))
+            print(f"{bad.count} pictures could not be decoded and were replaced; see {folder.bad_pictures}")
+        newest = folder.checkpoints / checkpoint.tag_of(done)
+        if stopped:
+            print(f"stopped at step {done} as asked and saved {newest}; go on with --resume auto")
+            return
+        link_model(newest / "model.safetensors", folder.model)
+        write_report(folder.report, self.report(done, evaluation, rows))
+        print(f"trained {done - self.start_step} steps in {duration(self.loop.progress.seconds())}")
+        print(f"  report      {folder.report}\n  weights     {folder.model}\n  checkpoint  {newest}")
+        if done < self.total_steps:
+            print(f"step {done} of {self.total_steps} was asked for; go on with --resume auto")
+
+    def report(self, done: int, evaluation: Evaluation | None, rows: list[PictureRow]) -> Report:
+        settings, folder, bad = self.settings, self.folder, self.loop.bad_pictures
+        history = read_metrics(folder.metrics)
+        held_out: dict[str, Any] = {}
+        if evaluation is not None:
+            held_out = {
+                "token_entropy": evaluation.token_entropy,
+                "commonest_share": evaluation.commonest_share,
+                "val_loss": evaluation.loss,
+                "val_mlm_acc": evaluation.accuracy,
+                "val_pictures": evaluation.pictures,
+            }
+        return Report(
+            title=settings.output_dir.name,
+            subject=self.pictures.subject,
+            finished=datetime.now().strftime("%Y-%m-%d %H:%M"),
+            history=history,
+            **held_out,
+            steps=done,
+            images_seen=done * settings.train.global_batch,
+            duration=self.loop.progress.seconds(),
+            skipped_steps=max((row.get("skipped") or 0 for row in history), default=0),
+            pictures=rows,
+            bad_pictures=bad.names[:50],
+            bad_count=bad.count,
+            settings_result=result_settings(settings),
+            settings_speed=speed_settings(settings),
+            machine=self.facts,
+            tokenizer={
+                "file": str(settings.tokenizer.path or folder.tokenizer),
+                "codes": self.tokenizer.vocab_size,
+                **({"codes in use, held out": evaluation.codes_used} if evaluation else {}),
+            },
+            checkpoint=str(folder.model),
+            next_command=f"python engine/pretrain.py --preset {settings.preset} "
+            f"--output_dir {settings.output_dir} --resume auto",
+            next_purpose="Goes on from the last checkpoint, if the run was stopped before its end.",
+        )
+
+    def header(self, tokenizer_facts: dict[str, str], implementations: dict[str, Resolved]) -> str:
+        settings, engine, runtime = self.settings, self.engine, self.runtime
+        memory = training_memory(
+            parameters=self.num_parameters,
+            width=settings.model.width,
+            depth=settings.model.depth,
+            num_heads=settings.model.num_heads,
+            tokens=settings.num_patches + 1,
+            micro_batch=engine.micro_batch,
+            stage=engine.stage,
+            world_size=runtime.world_size,
+            activation_bytes=2 if self.bf16 else 4,
+        )
+        held_out = 0 if self.pictures.val is None else len(self.pictures.val)
+        run = {
+            "output": str(self.folder.path),
+            "pictures": f"{len(self.pictures.train):,} to train on, {held_out:,} held out",
+            "steps": f"{self.total_steps:,} of {settings.train.global_batch} pictures, "
+            f"{self.steps_per_epoch:,} an epoch, from step {self.start_step} to {self.end_step}",
+            "parameters": f"{self.num_parameters:,}",
+            "FLOPs a picture": f"{self.flops:.3g}, forward and backward, without the tokenizer",
+            "memory a rank": f"about {human_bytes(memory)} by estimate",
+            "precision": "fp32 weights, bf16 autocast" if self.bf16 else "fp32",
+            "ranks": f"{runtime.world_size}, each {runtime.threads} CPU threads, "
+            f"{engine.micro_batch} pictures x {engine.accumulation} passes a step; ZeRO stage {engine.stage}",
+        }
+        operators = {name: f"{resolved.impl}: {resolved.reason}" for name, resolved in implementations.items()}
+        blocks = {"run": run, "tokenizer": tokenizer_facts, "operators": operators, "machine": self.facts}
+        return header(settings, blocks)
+
+
+def link_model(source: Path, target: Path) -> None:
+    """Give the newest weights a stable name without storing them twice."""
+    target.unlink(missing_ok=True)
+    try:
+        target.hardlink_to(source)
+    except OSError:  # a file system without hard links
+        checkpoint.replace_durably(target, lambda path: path.write_bytes(source.read_bytes()))
+
+
+def open_pictures(settings: Settings) -> Pictures:
+    """Training and held-out pictures.
+
+    Raises:
+        UserError: for a folder without readable pictures, or with fewer than an optimizer step needs.
+    """
+    data, seed = settings.data, settings.train.seed
+    train: Source
+    val: Source | None
+    if data.path is None:
+        train, val, subject = Digits("train"), Digits("val"), "handwritten digits"
+    else:
+        train, val, subject = ImageFolder(data.path), None, f"the pictures in {data.path.name}"
+        check_readable(train)
+        if data.val_path is not None:
+            val = ImageFolder(data.val_path)
+            check_readable(val)
+        elif data.val_share > 0:
+            train, val = split(train, data.val_share, seed, data.val_max)
+    if val is not None and len(val) > data.val_max:
+        val = split(val, 1.0, seed, data.val_max)[1]
+    if len(train) < settings.train.global_batch:
+        raise UserError(
+            f"there are {len(train)} pictures to train on, fewer than one step of train.global_batch = "
+            f"{settings.train.global_batch}; set train.global_batch to {len(train)} or less, or add pictures."
+        )
+    return Pictures(train, val, subject)
+
+
+def resolve_implementations(impl: str) -> dict[str, Resolved]:
+    """What `train.impl` means for each operator on this machine, and why."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        attention = {"rel_pos_attention": resolve("rel_pos_attention", impl, device)}
+        return attention | {name: resolve(name, impl_besides_attention(impl), device) for name in OPERATORS}
+    except ImplUnavailable as error:
+        raise UserError(f"train.impl = {impl}: {error}.") from None
+
+
+def resolve_bf16(settings: Settings, device: torch.device) -> bool:
+    if settings.train.precision == "auto":
+        return device.type == "cuda"
+    return settings.train.precision == "bf16"
+
+
+def run_length(settings: Settings, num_pictures: int) -> tuple[int, int]:
+    """Optimizer steps in an epoch and in the whole run."""
+    steps_per_epoch = num_pictures // settings.train.global_batch
+    return steps_per_epoch, settings.train.max_steps or settings.train.epochs * steps_per_epoch

@@ -1,0 +1,100 @@
+"""The benchmarks run, and none of them times a wrong result."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+STEP = ("benchmarks/bench_train_step.py", "-k", "fp32")
+
+# A pytest plugin for the subprocess: one provider of each collected file is replaced by one with a wrong result.
+SPOIL_STEP = """
+def pytest_collection_finish(session):
+    for providers in [item.module.PROVIDERS for item in session.items]:
+        providers["{provider}"] = spoilt(providers["{provider}"])
+
+def spoilt(make):
+    def make_wrong(case):
+        step = make(case)
+        right = step.outputs
+        object.__setattr__(step, "outputs", lambda: right() | {{"{key}": right()["{key}"] * {factor}}})
+        return step
+    return make_wrong
+"""
+SPOIL_ATTENTION = """
+def pytest_collection_finish(session):
+    for providers in {id(item.module): item.module.PROVIDERS for item in session.items}.values():
+        right = providers["sdpa"]
+        providers["sdpa"] = lambda qkv, bias: right(qkv, bias * 0.9)
+"""
+
+
+def run_benchmarks(root: Path, folder: Path, *arguments: str, plugin: str = "", absent: str = ""):
+    """Run benchmarks at smoke sizes; returns pytest's result and what was timed."""
+    plugin += f"import sys\nsys.modules[{absent!r}] = None\n" if absent else ""
+    (folder / "plugin_of_the_test.py").write_text(plugin)
+    timed = folder / "timed.json"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "plugin_of_the_test", *arguments]
+    command += ["--benchmark-only", "--sizes", "smoke", "--benchmark-json", str(timed)]
+    environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    shown = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    text = timed.read_text() if timed.exists() else ""
+    return shown, json.loads(text)["benchmarks"] if text else []
+
+
+@pytest.mark.slow
+def test_every_benchmark_runs_at_smoke_sizes(root, tmp_path):
+    shown, timed = run_benchmarks(root, tmp_path, "benchmarks/")
+    assert shown.returncode == 0, shown.stdout[-3000:]
+    files = {path.name for path in (root / "benchmarks").glob("bench_*.py")}
+    assert {Path(bench["fullname"].split("::")[0]).name for bench in timed} == files
+
+
+def test_a_step_is_compared_and_its_json_names_the_machine(root, tmp_path):
+    shown, (timed,) = run_benchmarks(root, tmp_path, *STEP)
+    assert shown.returncode == 0, shown.stdout[-3000:]
+    assert "transformers, sdpa" in shown.stdout
+    providers = timed["extra_info"]["providers"]
+    assert providers["transformers, sdpa"]["ratio"] > 0
+    assert max(providers["fused_beit"]["errors"].values()) < 1e-5
+    machine = json.loads((tmp_path / "timed.json").read_text())["machine_info"]
+    assert machine["versions"]["torch"]
+    assert machine["processor"]
+
+
+@pytest.mark.parametrize(("key", "factor"), [("loss", 1.01), ("gradient of positions", 1.01), ("logits", "nan")])
+def test_a_step_with_a_wrong_result_is_not_timed(root, tmp_path, key, factor):
+    plugin = SPOIL_STEP.format(provider="fused_beit", key=key, factor=f"float('{factor}')")
+    # Without transformers, which takes long to import.
+    shown, timed = run_benchmarks(root, tmp_path, *STEP, plugin=plugin, absent="transformers")
+    assert shown.returncode == 1
+    assert "AssertionError: fused_beit: " in shown.stdout
+    assert timed == []
+
+
+@pytest.mark.slow
+def test_a_peer_with_a_wrong_result_is_not_compared_with(root, tmp_path):
+    plugin = SPOIL_STEP.format(provider="transformers, eager", key="logits", factor=-1)
+    shown, timed = run_benchmarks(root, tmp_path, *STEP, plugin=plugin)
+    assert shown.returncode == 1
+    assert "AssertionError: transformers, eager: " in shown.stdout
+    assert timed == []
+
+
+def test_attention_with_a_wrong_result_is_not_timed(root, tmp_path):
+    path = "benchmarks/bench_rel_pos_attention.py"
+    shown, timed = run_benchmarks(root, tmp_path, path, "-k", "fp32", plugin=SPOIL_ATTENTION)
+    assert shown.returncode == 1
+    assert "exceeds" in shown.stdout
+    assert timed == []
+
+
+def test_an_absent_peer_is_named_with_the_reason(root, tmp_path):
+    shown, (timed,) = run_benchmarks(root, tmp_path, *STEP, absent="transformers")
+    assert shown.returncode == 0, shown.stdout[-3000:]
+    assert timed["extra_info"]["providers"]["transformers, sdpa"] == {"absent": "not installed"}
+    assert "not installed" in shown.stdout

@@ -1,0 +1,99 @@
+"""Two CPU ranks: every ZeRO stage gives the losses of stage 0, and those of one rank with the same global batch."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+from small_run import losses, make_tokenizer, small_argv, small_settings
+
+from fused_beit.engine.training.pretraining import pretrain
+
+pytestmark = pytest.mark.distributed
+
+# Several runs in one pair of processes: starting processes is what takes the time.
+RUNS = """
+import json, sys
+from fused_beit.engine.command_line import parse
+from fused_beit.engine.training import zero
+from fused_beit.engine.training.pretraining import pretrain
+for argv in json.loads(sys.argv[1]):
+    assert pretrain(parse(argv, description=""))
+zero.stop()
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def on_two_ranks(command: list[str]) -> None:
+    """Run a command twice, as ranks 0 and 1 of one process group."""
+    group = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        subprocess.Popen(
+            command,
+            env=os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for process in ranks:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folder of 10-step runs: one rank at stage 0, two ranks at every stage, and a resumed one."""
+    root = tmp_path_factory.mktemp("runs")
+    tokenizer = make_tokenizer(root / "tokenizer.safetensors")
+    how = {"train__max_steps": 10}
+    pretrain(small_settings(root / "one", tokenizer, zero__stage=0, **how))
+    # DeepSpeed keeps small weights whole at stage 3, so that a small model would not be sharded at all.
+    sharded = root / "zero3.json"
+    sharded.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
+    argvs = [small_argv(root / f"zero{stage}", tokenizer, zero__stage=stage, **how) for stage in (0, 1, 2)]
+    argvs.append(small_argv(root / "zero3", tokenizer, zero__config=sharded, **how))
+    argvs.append(small_argv(root / "halves", tokenizer, zero__config=sharded, train__stop_at_step=5, **how))
+    argvs.append(small_argv(root / "halves", tokenizer, zero__config=sharded, resume="auto", **how))
+    on_two_ranks([sys.executable, "-c", RUNS, json.dumps(argvs)])
+    return root
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_sharding_does_not_change_the_losses(runs, stage):
+    assert losses(runs / f"zero{stage}") == pytest.approx(losses(runs / "zero0"), rel=1e-6)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_train_as_one_with_the_same_global_batch(runs, stage):
+    assert losses(runs / f"zero{stage}") == pytest.approx(losses(runs / "one"), rel=1e-5)
+
+
+def test_two_ranks_resume_bit_for_bit_at_stage_3(runs):
+    assert losses(runs / "halves") == losses(runs / "zero3")
+
+
+def test_held_out_figures_do_not_depend_on_the_number_of_ranks(runs):
+    def held_out(name):
+        return json.loads((runs / name / "metrics.jsonl").read_text().splitlines()[-1])
+
+    one, two = held_out("one"), held_out("zero3")
+    assert two["token_entropy"] == one["token_entropy"]
+    assert two["val_loss"] == pytest.approx(one["val_loss"], rel=1e-5)
+
+
+def test_resume_with_another_number_of_ranks_is_refused_in_a_sentence(runs):
+    from fused_beit.engine.errors import UserError
+
+    tokenizer = runs / "tokenizer.safetensors"
+    settings = small_settings(runs / "zero1", tokenizer, zero__stage=1, train__max_steps=10, resume="auto")
+    with pytest.raises(UserError, match=r"written by 2 rank\(s\).*resume with 2"):
+        pretrain(settings)
