@@ -297,7 +297,8 @@ def small_run(output_dir, seed=0, **changes):
 
 def small_options(output_dir, **changes):
     values = {"vocab_size": 16, "width": 8, "train_steps": 3, "batch_size": 16}
-    options = {f"tokenizer.{name}": value for name, value in values.items()} | {"output_dir": output_dir} | changes
+    options = {f"tokenizer.{name}": value for name, value in values.items()}
+    options |= {"data.workers": 0, "output_dir": output_dir} | changes
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
