@@ -49,15 +49,15 @@ def train(settings: Settings, folder: Path, file: Path) -> None:
     from PIL import Image
 
     from fused_beit.engine.data.loading import val_batches
+    from fused_beit.engine.data.pictures import open_pictures
     from fused_beit.engine.tokenizer import training
     from fused_beit.engine.tokenizer.files import identity, save_tokenizer
     from fused_beit.engine.tokenizer.quality import measure, sheet
-    from fused_beit.engine.training.pretraining import open_pictures
 
     if settings.train.threads is not None:
         torch.set_num_threads(settings.train.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pictures = open_pictures(settings)
+    pictures = open_pictures(settings.data, settings.train.seed)
     folder.mkdir(parents=True, exist_ok=True)
     print(f"training a tokenizer of {settings.tokenizer.vocab_size} codes on {device}: {pictures.subject}", flush=True)
 

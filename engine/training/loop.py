@@ -98,7 +98,7 @@ class Loop:
                 self.bad_pictures.add(batch)
             except UserError as error:
                 raise RankError(str(error)) from None
-            batch = batch.to(engine.runtime.device)
+            batch = batch.to(engine.runtime.device, non_blocking=True)
             token_ids = tokens_of(self.tokenizer, batch)
             loss, accuracy = engine(
                 batch.patch_view, batch.masked_positions, token_ids, batch.sample_ids, self.settings.train.seed

@@ -4,16 +4,15 @@ from collections.abc import Iterator
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from fused_beit.kernels import ImplUnavailable, Resolved, resolve
 
 from ..config import Settings, result_settings, speed_settings
-from ..data.digits import Digits
-from ..data.folder import ImageFolder, split
-from ..data.loading import BadPictureLog, Batch, check_readable, train_loader, val_batches
+from ..data.loading import BadPictureLog, Batch, train_loader, val_batches
+from ..data.pictures import Pictures, open_pictures
 from ..data.source import Source
 from ..errors import UserError
 from ..models.encoder import impl_besides_attention
@@ -46,7 +45,8 @@ def pretrain(settings: Settings) -> bool:
     folder.refuse_if_used(settings)
     stage = resolve_stage(settings)
     implementations = resolve_implementations(settings.train.impl)
-    pictures = open_pictures(settings)
+    pictures = open_pictures(settings.data, settings.train.seed)
+    run_length(settings, len(pictures.train))
     runtime = zero.start(settings)
     first = runtime.rank == 0
     zero.batch_plan(settings, runtime.world_size)
@@ -64,15 +64,6 @@ def pretrain(settings: Settings) -> bool:
             return run.finish(done)
         finally:
             run.loop.close()
-
-
-class Pictures(NamedTuple):
-    """The two sets of pictures of a run; the second may be empty."""
-
-    train: Source
-    val: Source | None
-    subject: str
-    """What they show, as it stands in a sentence."""
 
 
 class Run:
@@ -297,35 +288,6 @@ def link_model(source: Path, target: Path) -> None:
         checkpoint.replace_durably(target, lambda path: path.write_bytes(source.read_bytes()))
 
 
-def open_pictures(settings: Settings) -> Pictures:
-    """Training and held-out pictures.
-
-    Raises:
-        UserError: for a folder without readable pictures, or with fewer than an optimizer step needs.
-    """
-    data, seed = settings.data, settings.train.seed
-    train: Source
-    val: Source | None
-    if data.path is None:
-        train, val, subject = Digits("train"), Digits("val"), "handwritten digits"
-    else:
-        train, val, subject = ImageFolder(data.path), None, f"the pictures in {data.path.name}"
-        check_readable(train)
-        if data.val_path is not None:
-            val = ImageFolder(data.val_path)
-            check_readable(val)
-        elif data.val_share > 0:
-            train, val = split(train, data.val_share, seed, data.val_max)
-    if val is not None and len(val) > data.val_max:
-        val = split(val, 1.0, seed, data.val_max)[1]
-    if len(train) < settings.train.global_batch:
-        raise UserError(
-            f"there are {len(train)} pictures to train on, fewer than one step of train.global_batch = "
-            f"{settings.train.global_batch}; set train.global_batch to {len(train)} or less, or add pictures."
-        )
-    return Pictures(train, val, subject)
-
-
 def resolve_implementations(impl: str) -> dict[str, Resolved]:
     """What `train.impl` means for each operator on this machine, and why."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -343,6 +305,16 @@ def resolve_bf16(settings: Settings, device: torch.device) -> bool:
 
 
 def run_length(settings: Settings, num_pictures: int) -> tuple[int, int]:
-    """Optimizer steps in an epoch and in the whole run."""
-    steps_per_epoch = num_pictures // settings.train.global_batch
-    return steps_per_epoch, settings.train.max_steps or settings.train.epochs * steps_per_epoch
+    """Optimizer steps in an epoch and in the whole run.
+
+    Raises:
+        UserError: when the pictures are fewer than a step needs.
+    """
+    train = settings.train
+    steps_per_epoch = num_pictures // train.global_batch
+    if not steps_per_epoch:
+        raise UserError(
+            f"there are {num_pictures} pictures to train on, fewer than one step of train.global_batch = "
+            f"{train.global_batch}; set train.global_batch to {num_pictures} or less, or add pictures."
+        )
+    return steps_per_epoch, train.max_steps or train.epochs * steps_per_epoch

@@ -57,7 +57,9 @@ def start(settings: Settings) -> Runtime:
     quiet_deepspeed()
     if dist.is_initialized():
         return runtime(settings)
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    else:
         # Its shared-memory op serves inference only, costs a compiler and leaks memory in /dev/shm.
         setattr(importlib.import_module("deepspeed.comm.torch"), "build_shm_op", lambda: None)  # noqa: B010
     if "RANK" not in os.environ:  # no launcher: a group of one needs neither address nor port
@@ -68,14 +70,15 @@ def start(settings: Settings) -> Runtime:
     return runtime(settings)
 
 
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
 def runtime(settings: Settings) -> Runtime:
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     threads = settings.train.threads or max(1, len(os.sched_getaffinity(0)) // local_world_size)
     torch.set_num_threads(threads)
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
+    device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     return Runtime(dist.get_rank(), dist.get_world_size(), local_world_size, device, threads)
 
 
