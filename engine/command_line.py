@@ -31,7 +31,7 @@ def run_script(main: Callable[[Sequence[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except UserError as error:
-        if is_first_rank() or isinstance(error, RankError):
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankError):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -141,6 +141,25 @@ def validate(values: dict[str, Any]) -> Settings:
             raise UserError(f"there is no setting {name!r}{did_you_mean(name, known)}") from None
         what = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
         raise UserError(f"{name} = {first['input']!r} is not allowed: it {what}.") from None
+
+
+def options_of(settings: Settings) -> list[str]:
+    """The options that lead to these settings, without `--resume` and `--overwrite`."""
+    default = validate(load_preset(settings.preset) | {"preset": settings.preset})
+    argv = ["--preset", settings.preset, "--output_dir", str(settings.output_dir)]
+    for name in field_names(Settings):
+        if name in ("preset", "config", "output_dir", "resume", "overwrite"):
+            continue
+        value: Any = functools.reduce(getattr, name.split("."), settings)
+        usual: Any = functools.reduce(getattr, name.split("."), default)
+        if value == usual:
+            continue
+        if isinstance(value, bool):
+            section, dot, field = name.rpartition(".")
+            argv.append(f"--{name}" if value else f"--{section}{dot}no_{field}")
+        else:
+            argv += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
+    return argv
 
 
 def field_names(section: type[Section], prefix: str = "") -> list[str]:

@@ -87,7 +87,8 @@ class MaskSettings(Section):
     max_block: int | None = Field(None, ge=1)
     """Largest block, in patches; none: as many as are still to be masked."""
     exact: bool = True
-    """Top blocks up at random to exactly `num_patches` (BEiT v2); off: v1 as published, whose shortfall is padding."""
+    """Top blocks up at random to exactly `num_patches` (BEiT v2); off: v1 as published, whose shortfall is padding, and
+    whose loss is a mean over the masked patches of each forward pass."""
 
 
 class TokenizerSettings(Section):
@@ -97,8 +98,8 @@ class TokenizerSettings(Section):
     """A tokenizer saved by `train_tokenizer.py`, or DALL-E's encoder as a state dict; none: train one first."""
     vocab_size: int = Field(8192, ge=2)
     """Number of codes."""
-    width: int = Field(256, ge=4)
-    """Channels of the first group; each further group doubles them."""
+    width: int = Field(256, ge=4, multiple_of=4)
+    """Channels of the first group, a multiple of 4; each further group doubles them."""
     groups: int = Field(4, ge=1)
     """Groups of blocks; between two groups the picture is halved, so a token covers 2^(groups - 1) pixels a side."""
     blocks_per_group: int = Field(2, ge=1)
@@ -185,7 +186,8 @@ class ZeroSettings(Section):
     SPEED_ONLY: ClassVar[frozenset[str]] = frozenset({"stage", "offload", "config"})
 
     stage: Literal[0, 1, 2, 3] | None = None
-    """0: nothing is sharded; 1: optimizer state; 2: and gradients; 3: and weights; none: as `config` says, or 1."""
+    """0: nothing is sharded; 1: optimizer state; 2: and gradients; 3: and weights; none: as `config` says, or 0 for
+    one rank, which has nothing to share, and 1 for more."""
     offload: bool = False
     """Keep the optimizer state, and at stage 3 the weights, in the host's memory; needs stage 1 to 3."""
     config: Path | None = None

@@ -35,10 +35,11 @@ def test_offload_moves_the_optimizer_to_the_host(stage):
     assert config["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
 
 
-def test_the_stage_is_the_settings_the_files_or_1(tmp_path):
-    assert resolve_stage(Settings()) == 1
-    assert resolve_stage(Settings.model_validate({"zero": {"stage": 3}})) == 3
-    assert resolve_stage(settings_with(tmp_path, {"zero_optimization": {"stage": 2}})) == 2
+def test_the_stage_is_the_settings_the_files_or_fits_the_ranks(tmp_path):
+    assert [resolve_stage(Settings(), world_size) for world_size in (1, 2)] == [0, 1]
+    assert resolve_stage(Settings.model_validate({"zero": {"offload": True}}), 1) == 1
+    assert resolve_stage(Settings.model_validate({"zero": {"stage": 3}}), 1) == 3
+    assert resolve_stage(settings_with(tmp_path, {"zero_optimization": {"stage": 2}}), 1) == 2
 
 
 @pytest.mark.parametrize(
@@ -69,4 +70,4 @@ def test_a_value_equal_to_ours_or_auto_is_no_contradiction(tmp_path):
 
 def test_two_stages_are_a_contradiction(tmp_path):
     with pytest.raises(UserError, match=r"zero\.stage = 3.*is 2"):
-        resolve_stage(settings_with(tmp_path, {"zero_optimization": {"stage": 2}}, stage=3))
+        resolve_stage(settings_with(tmp_path, {"zero_optimization": {"stage": 2}}, stage=3), 1)

@@ -60,7 +60,7 @@ def runs(tmp_path_factory):
     sharded = root / "zero3.json"
     sharded.write_text(json.dumps({"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}))
     argvs = [small_argv(root / f"zero{stage}", tokenizer, zero__stage=stage, **how) for stage in (0, 1, 2)]
-    argvs.append(small_argv(root / "zero3", tokenizer, zero__config=sharded, **how))
+    argvs.append(small_argv(root / "zero3", tokenizer, zero__config=sharded, train__eval_every=4, **how))
     argvs.append(small_argv(root / "halves", tokenizer, zero__config=sharded, train__stop_at_step=5, **how))
     argvs.append(small_argv(root / "halves", tokenizer, zero__config=sharded, resume="auto", **how))
     on_two_ranks([sys.executable, "-c", RUNS, json.dumps(argvs)])

@@ -10,10 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_run import losses, make_tokenizer, small_argv, small_settings, train_rows
+from small_run import RefuseWaiting, losses, make_tokenizer, small_argv, small_settings, train_rows
 
+from fused_beit.engine.command_line import options_of, parse
 from fused_beit.engine.errors import UserError
+from fused_beit.engine.tokenizer.dvae import DiscreteVAE
+from fused_beit.engine.tokenizer.files import save_tokenizer
+from fused_beit.engine.training.loop import Loop, StopRequest
 from fused_beit.engine.training.pretraining import pretrain
+from fused_beit.engine.training.run_folder import RunFolder
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
 
@@ -101,8 +106,6 @@ def test_overwrite_starts_anew_and_spares_files_that_are_not_a_runs(run):
 
 
 def test_two_runs_cannot_share_a_folder(tmp_path, tokenizer):
-    from fused_beit.engine.training.run_folder import RunFolder
-
     with RunFolder(tmp_path / "run") as held:
         held.claim(clear=False)
         with pytest.raises(UserError, match="another run"):
@@ -122,12 +125,12 @@ def test_resume_at_another_stage_is_refused_in_a_sentence(run, tokenizer):
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before(run, capsys):
-    whole = run("whole")
-    folder = run(train__stop_at_step=4, train__save_every=2)
+    whole = run("whole", zero__stage=1)
+    folder = run(train__stop_at_step=4, train__save_every=2, zero__stage=1)
     shard = next((folder / "checkpoints" / "step-00000004").glob("*optim_states.pt"))
     content = shard.read_bytes()
     shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    run(resume="auto")
+    run(resume="auto", zero__stage=1)
     assert "step-00000004 is damaged" in capsys.readouterr().out
     assert losses(folder) == losses(whole)
 
@@ -140,13 +143,73 @@ def test_a_damaged_checkpoint_asked_for_by_path_is_refused(run, tmp_path, tokeni
         pretrain(small_settings(tmp_path / "other", tokenizer, resume=tag))
 
 
-def test_resuming_a_finished_run_changes_no_weight(run):
+def test_resuming_a_finished_run_leaves_its_checkpoint_alone(run):
     folder = run()
-    before = load_file(folder / "model.safetensors")
+    before = {file: file.stat().st_mtime_ns for file in (folder / "checkpoints").rglob("*")}
     run(resume="auto")
-    after = load_file(folder / "model.safetensors")
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert {file: file.stat().st_mtime_ns for file in (folder / "checkpoints").rglob("*")} == before
     assert len(losses(folder)) == 6
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"zero__config": '{"train_batch_size": 7}'}, "train_batch_size = 7"),
+        ({"zero__config": '{"zero_optimization": {"stage": 1, "reduce_buckt_size": 7}}'}, "reduce_buckt_size"),
+        ({"tokenizer__path": "not a tokenizer"}, r"wrong\.json"),
+        ({"train__micro_batch": 3}, "train.micro_batch = 3"),
+    ],
+    ids=str,
+)
+def test_a_wrong_input_with_overwrite_deletes_nothing(run, tmp_path, tokenizer, how, words):
+    folder = run(train__max_steps=2)
+    before = sorted(folder.rglob("*"))
+    for name, text in list(how.items()):
+        if isinstance(text, str):
+            how[name] = tmp_path / "wrong.json"
+            how[name].write_text(text)
+    with pytest.raises(UserError, match=words):
+        pretrain(small_settings(folder, tokenizer, overwrite=True, train__max_steps=2, **how))
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_resume_with_another_tokenizer_at_the_same_path_is_refused(run, tmp_path, tokenizer):
+    own = make_tokenizer(tmp_path / "own.safetensors")
+    folder = run(tokenizer__path=own, train__stop_at_step=3)
+    other = DiscreteVAE(vocab_size=32, width=8, groups=3, blocks_per_group=1)
+    save_tokenizer(other, own)
+    with pytest.raises(UserError, match=r"trained on something else \(tokenizer: sha256"):
+        pretrain(small_settings(folder, tokenizer, tokenizer__path=own, resume="auto"))
+
+
+def test_the_reports_next_command_leads_to_the_same_settings(tmp_path, tokenizer):
+    settings = small_settings(tmp_path, tokenizer, model__no_abs_pos_embed=True, optim__betas=["0.9", "0.95"])
+    assert parse(options_of(settings), description="") == settings
+
+
+def test_evaluation_on_the_way_changes_no_loss(run):
+    evaluated = run("evaluated", train__eval_every=2)
+    assert losses(evaluated) == losses(run("plain"))
+    assert sum("val_loss" in line for line in (evaluated / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_step_never_waits_for_the_device(run, monkeypatch):
+    step = Loop.train_step
+
+    def watched(self, *args):
+        with RefuseWaiting():
+            step(self, *args)
+
+    monkeypatch.setattr(Loop, "train_step", watched)
+    run(zero__stage=0, train__micro_batch=4)
+
+
+def test_a_signal_that_is_repeated_at_once_is_one_request():
+    """A launcher passes on the signal that the whole process group has already had."""
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.received
 
 
 def test_gradients_that_stay_infinite_stop_the_run_with_advice(tmp_path, tokenizer):
@@ -170,8 +233,6 @@ def test_without_a_tokenizer_one_is_trained_first_and_kept(tmp_path, tokenizer, 
     how = {"tokenizer__train_steps": 2, "tokenizer__width": 8, "tokenizer__vocab_size": 16, "train__max_steps": 2}
     argv = [word for word in small_argv(tmp_path / "run", tokenizer, **how) if "tokenizer.path" not in word]
     argv.remove(str(tokenizer))
-    from fused_beit.engine.command_line import parse
-
     assert pretrain(parse(argv, description=""))
     assert "training one first" in capsys.readouterr().out
     kept = (tmp_path / "run" / "tokenizer.safetensors").read_bytes()
@@ -201,12 +262,12 @@ pretrain(parse(sys.argv[2:], description=""))
 
 @pytest.mark.parametrize("file", [1, 2, 3, 4], ids=["model shard", "optimizer shard", "weights", "manifest"])
 def test_a_kill_while_saving_resumes_from_the_checkpoint_before(run, tmp_path, tokenizer, file):
-    argv = small_argv(tmp_path / "killed", tokenizer, train__save_every=2)
+    argv = small_argv(tmp_path / "killed", tokenizer, train__save_every=2, zero__stage=1)
     killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, str(file), *argv], capture_output=True)
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "killed" / "checkpoints" / "step-00000004" / "MANIFEST.json").exists()
-    folder = run("killed", resume="auto", train__save_every=2)
-    whole = run("whole", train__save_every=2)
+    folder = run("killed", resume="auto", train__save_every=2, zero__stage=1)
+    whole = run("whole", train__save_every=2, zero__stage=1)
     assert losses(folder) == losses(whole)
     assert same_weights(folder, whole)
 

@@ -123,10 +123,12 @@ def prune(checkpoints: Path, keep: int) -> None:
     sealed = sorted(folder for folder in tags(checkpoints) if (folder / MANIFEST).exists())
     for folder in tags(checkpoints):
         if sealed and folder < sealed[-1] and folder not in sealed[-keep:]:
-            shutil.rmtree(folder, ignore_errors=True)
+            discard(folder)
 
 
 def discard(folder: Path) -> None:
-    """Remove what an interrupted save left under this name."""
+    """Remove a checkpoint, its manifest first: a kill in between leaves an incomplete one, not a damaged one."""
     if folder.exists():
+        (folder / MANIFEST).unlink(missing_ok=True)
+        sync(folder)
         shutil.rmtree(folder)

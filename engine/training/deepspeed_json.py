@@ -73,12 +73,13 @@ def resolve_json(
     Raises:
         UserError: for an unknown key, or one that a setting of ours owns with another value.
     """
-    config, source = read_json(settings)
+    config, source = read_json(settings, stage)
     ours: dict[str, Any] = {
         "train_batch_size": micro_batch * accumulation * world_size,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "torch_autocast": {"enabled": bf16, "dtype": "bfloat16"},
+        # The empty list keeps gradients in fp32 between ranks, so that sharding does not change them.
+        "torch_autocast": {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
         "gradient_clipping": settings.optim.clip_grad or 0.0,
     }
     for key, value in config.items():
@@ -94,15 +95,17 @@ def resolve_json(
     return defaults | config | ours
 
 
-def resolve_stage(settings: Settings) -> int:
-    """The ZeRO stage: `zero.stage`, or what `zero.config` says, or 1.
+def resolve_stage(settings: Settings, world_size: int) -> int:
+    """The ZeRO stage: `zero.stage`, or what `zero.config` says, or 0 for one rank and 1 for more.
 
     Raises:
         UserError: when both are given and differ.
     """
     if settings.zero.config is None:
-        return 1 if settings.zero.stage is None else settings.zero.stage
-    config, source = read_json(settings)
+        if settings.zero.stage is not None:
+            return settings.zero.stage
+        return 1 if world_size > 1 or settings.zero.offload else 0
+    config, source = read_json(settings, 0)
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if settings.zero.stage not in (None, stage):
         raise UserError(
@@ -118,7 +121,7 @@ def resolve_stage(settings: Settings) -> int:
     return int(stage)
 
 
-def read_json(settings: Settings) -> tuple[dict[str, Any], str]:
+def read_json(settings: Settings, stage: int) -> tuple[dict[str, Any], str]:
     """The user's JSON or the built-in one of the stage, with the name errors call it by."""
     if settings.zero.config is not None:
         source = str(settings.zero.config)
@@ -127,7 +130,6 @@ def read_json(settings: Settings) -> tuple[dict[str, Any], str]:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"zero.config = {source} cannot be read ({error}); give a DeepSpeed JSON.") from None
     else:
-        stage = 1 if settings.zero.stage is None else settings.zero.stage
         source = f"zero{stage}{'_offload' if settings.zero.offload else ''}.json"
         text = (resources.files("fused_beit.ds_configs") / source).read_text()
     try:

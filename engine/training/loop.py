@@ -21,10 +21,16 @@ from .zero import ZeroEngine, reduce_sum
 
 
 class StopRequest:
-    """While entered, remembers the first SIGTERM or SIGINT; a second one ends the process at once."""
+    """While entered, remembers SIGTERM or SIGINT; one that comes `PATIENCE` later ends the process at once.
+
+    Launchers pass on a signal that the rank has already had itself, so a quick repetition is the same request.
+    """
+
+    PATIENCE = 30.0  # seconds
 
     def __init__(self) -> None:
         self.received = False
+        self._since = 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -37,8 +43,11 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
-        signal.signal(number, signal.SIG_DFL)
+        if self.received and time.monotonic() - self._since > self.PATIENCE:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        if not self.received:
+            self.received, self._since = True, time.monotonic()
 
 
 @dataclass
@@ -134,8 +143,8 @@ class Loop:
         if figures["skipped_in_a_row"] >= train.max_skipped:
             raise UserError(
                 f"the gradient was not finite {int(figures['skipped_in_a_row'])} steps in a row, up to step {done} "
-                f"(train.max_skipped = {train.max_skipped}); lower optim.lr, lengthen the warm-up, "
-                f"set optim.clip_grad or use train.precision fp32, and start from a checkpoint with --resume PATH."
+                f"(train.max_skipped = {train.max_skipped}); start again in another --output_dir with a "
+                f"lower optim.lr, a longer warm-up, optim.clip_grad, or train.precision fp32."
             )
         return figures["stop"] > 0
 

@@ -1,5 +1,6 @@
 """A whole pre-training: builds the pieces from the settings, runs the loop, leaves checkpoint and report."""
 
+import shlex
 from collections.abc import Iterator
 from datetime import datetime
 from functools import partial
@@ -10,6 +11,7 @@ import torch
 
 from fused_beit.kernels import ImplUnavailable, Resolved, resolve
 
+from ..command_line import options_of
 from ..config import Settings, result_settings, speed_settings
 from ..data.loading import BadPictureLog, Batch, train_loader, val_batches
 from ..data.pictures import Pictures, open_pictures
@@ -18,6 +20,7 @@ from ..errors import UserError
 from ..models.encoder import impl_besides_attention
 from ..models.flops import pretraining_flops
 from ..models.mim import MaskedImageModel
+from ..tokenizer.files import identity, load_tokenizer
 from . import checkpoint, zero
 from .deepspeed_json import resolve_stage
 from .evaluation import Evaluation, evaluate, fill_pictures
@@ -26,7 +29,7 @@ from .loop import Loop, StopRequest
 from .metrics import MetricsLog, Progress, duration, peak_flops, read_metrics
 from .optim import Schedule
 from .report import PictureRow, Report, write_report
-from .run_folder import RunFolder, comparable, find_resume, run_facts
+from .run_folder import RunFolder, comparable, find_resume, refuse_other_inputs, run_facts
 from .tokenizer_stage import prepare_tokenizer
 
 PICTURES_IN_REPORT = 8
@@ -43,21 +46,22 @@ def pretrain(settings: Settings) -> bool:
     """
     folder = RunFolder(settings.output_dir)
     folder.refuse_if_used(settings)
-    stage = resolve_stage(settings)
     implementations = resolve_implementations(settings.train.impl)
     pictures = open_pictures(settings.data, settings.train.seed)
     run_length(settings, len(pictures.train))
     runtime = zero.start(settings)
     first = runtime.rank == 0
-    zero.batch_plan(settings, runtime.world_size)
+    zero.deepspeed_config(settings, runtime.world_size, bf16=resolve_bf16(settings, runtime.device))
+    check_tokenizer(settings, len(pictures.train))
     resume_from, manifest, problems = zero.on_first_rank(partial(find_resume, settings))
     if resume_from is not None:
+        stage = resolve_stage(settings, runtime.world_size)
         zero.refuse_other_shape(manifest, folder=resume_from, world_size=runtime.world_size, stage=stage)
     zero.on_first_rank(partial(folder.claim, clear=settings.overwrite))
     with folder:
         for problem in problems if first else []:
             print(f"warning: {problem}")
-        run = Run(settings, folder, pictures, runtime, resume_from, implementations)
+        run = Run(settings, folder, pictures, runtime, implementations, resume_from, manifest)
         try:
             with run.loop.stop:
                 done = run.loop.run(run.start_step, run.end_step)
@@ -74,8 +78,9 @@ class Run:
         folder: the claimed output folder.
         pictures: what to train and evaluate on.
         runtime: where this process runs.
-        resume_from: a sound checkpoint to go on from, or None.
         implementations: what each operator was resolved to.
+        resume_from: a sound checkpoint to go on from, or None.
+        manifest: of that checkpoint.
     """
 
     def __init__(
@@ -84,14 +89,24 @@ class Run:
         folder: RunFolder,
         pictures: Pictures,
         runtime: zero.Runtime,
-        resume_from: Path | None,
         implementations: dict[str, Resolved],
+        resume_from: Path | None,
+        manifest: dict[str, Any],
     ):
         self.settings, self.folder, self.pictures, self.runtime = settings, folder, pictures, runtime
         self.first = runtime.rank == 0
         self.facts = run_facts(runtime.device)
-        self.tokenizer, tokenizer_facts = prepare_tokenizer(settings, folder, pictures.train, runtime)
+        self.tokenizer, tokenizer_facts = prepare_tokenizer(
+            settings, folder, pictures.train, runtime, resume_from=resume_from
+        )
         self.bf16 = resolve_bf16(settings, runtime.device)
+        self.inputs = {
+            "tokenizer": identity(self.tokenizer),
+            "pictures to train on": len(pictures.train),
+            "precision": "bf16" if self.bf16 else "fp32",
+        }
+        if resume_from is not None:
+            refuse_other_inputs(manifest["inputs"], self.inputs, resume_from)
         self.steps_per_epoch, self.total_steps = run_length(settings, len(pictures.train))
         self.end_step = min(self.total_steps, settings.train.stop_at_step or self.total_steps)
 
@@ -103,6 +118,8 @@ class Run:
         self.flops = pretraining_flops(settings.model, data.image_size, settings.mask.num_patches, vocab_size)
         self.engine = zero.ZeroEngine(model, settings, runtime, bf16=self.bf16)
         self.start_step = self.load(resume_from) if resume_from is not None else 0
+        in_this_folder = resume_from is not None and resume_from.parent.resolve() == folder.checkpoints.resolve()
+        self.saved_step = self.start_step if in_this_folder else None
 
         if self.first:
             folder.write_settings(settings, self.facts)
@@ -135,7 +152,7 @@ class Run:
             save=self.save,
             steps_per_epoch=self.steps_per_epoch,
             flops_per_picture=self.flops,
-            peak_flops=peak_flops(self.facts["device"]),
+            peak_flops=peak_flops(self.facts["device"]) if self.bf16 else None,
         )
 
     def load(self, checkpoint_folder: Path) -> int:
@@ -145,11 +162,13 @@ class Run:
         return int(state["step"])
 
     def save(self, step: int) -> None:
-        """Write a checkpoint; every rank calls this."""
+        """Write a checkpoint, unless this step's stands there already; every rank calls this."""
+        if step == self.saved_step:
+            return
         state = {"step": step, "rng": zero.from_all_ranks(torch.get_rng_state())}
-        self.engine.save(
-            self.folder.checkpoints, step, state, {"settings": comparable(self.settings), "facts": self.facts}
-        )
+        about = {"settings": comparable(self.settings), "inputs": self.inputs, "facts": self.facts}
+        self.engine.save(self.folder.checkpoints, step, state, about)
+        self.saved_step = step
         if self.first:
             checkpoint.prune(self.folder.checkpoints, self.settings.train.keep_checkpoints)
 
@@ -188,29 +207,32 @@ class Run:
                 shown = self.val_batches(self.pictures.val, PICTURES_IN_REPORT, rank=0, world_size=1)
                 rows = fill_pictures(self.engine, self.tokenizer, next(shown))
             self.save(done)
+        bad = zero.union(self.loop.bad_pictures.reasons)
         if self.first:
-            self.say_end(done, stopped, evaluation, rows)
+            self.say_end(done, stopped, evaluation, rows, bad)
         return not stopped
 
-    def say_end(self, done: int, stopped: bool, evaluation: Evaluation | None, rows: list[PictureRow]) -> None:
+    def say_end(
+        self, done: int, stopped: bool, evaluation: Evaluation | None, rows: list[PictureRow], bad: dict[str, str]
+    ) -> None:
         """Write what a person reads at the end, and say where it is."""
-        folder, bad = self.folder, self.loop.bad_pictures
-        if bad.names:
-            folder.bad_pictures.write_text("".join(f"{name}\n" for name in bad.names))
-            print(f"{bad.count} pictures could not be decoded and were replaced; see {folder.bad_pictures}")
+        folder = self.folder
+        if bad:
+            folder.bad_pictures.write_text("".join(f"{name}\t{reason}\n" for name, reason in bad.items()))
+            print(f"{len(bad)} pictures could not be decoded and were replaced; see {folder.bad_pictures}")
         newest = folder.checkpoints / checkpoint.tag_of(done)
         if stopped:
             print(f"stopped at step {done} as asked and saved {newest}; go on with --resume auto")
             return
         link_model(newest / "model.safetensors", folder.model)
-        write_report(folder.report, self.report(done, evaluation, rows))
+        write_report(folder.report, self.report(done, evaluation, rows, bad))
         print(f"trained {done - self.start_step} steps in {duration(self.loop.progress.seconds())}")
         print(f"  report      {folder.report}\n  weights     {folder.model}\n  checkpoint  {newest}")
         if done < self.total_steps:
             print(f"step {done} of {self.total_steps} was asked for; go on with --resume auto")
 
-    def report(self, done: int, evaluation: Evaluation | None, rows: list[PictureRow]) -> Report:
-        settings, folder, bad = self.settings, self.folder, self.loop.bad_pictures
+    def report(self, done: int, evaluation: Evaluation | None, rows: list[PictureRow], bad: dict[str, str]) -> Report:
+        settings, folder = self.settings, self.folder
         history = read_metrics(folder.metrics)
         held_out: dict[str, Any] = {}
         if evaluation is not None:
@@ -232,8 +254,8 @@ class Run:
             duration=self.loop.progress.seconds(),
             skipped_steps=max((row.get("skipped") or 0 for row in history), default=0),
             pictures=rows,
-            bad_pictures=bad.names[:50],
-            bad_count=bad.count,
+            bad_pictures=[f"{name}: {reason}" for name, reason in bad.items()][:50],
+            bad_count=len(bad),
             settings_result=result_settings(settings),
             settings_speed=speed_settings(settings),
             machine=self.facts,
@@ -243,8 +265,7 @@ class Run:
                 **({"codes in use, held out": evaluation.codes_used} if evaluation else {}),
             },
             checkpoint=str(folder.model),
-            next_command=f"python engine/pretrain.py --preset {settings.preset} "
-            f"--output_dir {settings.output_dir} --resume auto",
+            next_command=f"python engine/pretrain.py {shlex.join(options_of(settings))} --resume auto",
             next_purpose="Goes on from the last checkpoint, if the run was stopped before its end.",
         )
 
@@ -256,6 +277,8 @@ class Run:
             depth=settings.model.depth,
             num_heads=settings.model.num_heads,
             tokens=settings.num_patches + 1,
+            num_masked=settings.mask.num_patches,
+            vocab_size=self.tokenizer.vocab_size,
             micro_batch=engine.micro_batch,
             stage=engine.stage,
             world_size=runtime.world_size,
@@ -281,9 +304,11 @@ class Run:
 
 def link_model(source: Path, target: Path) -> None:
     """Give the newest weights a stable name without storing them twice."""
-    target.unlink(missing_ok=True)
+    temporary = target.with_name(target.name + ".tmp")
+    temporary.unlink(missing_ok=True)
     try:
-        target.hardlink_to(source)
+        temporary.hardlink_to(source)
+        temporary.replace(target)
     except OSError:  # a file system without hard links
         checkpoint.replace_durably(target, lambda path: path.write_bytes(source.read_bytes()))
 
@@ -296,6 +321,18 @@ def resolve_implementations(impl: str) -> dict[str, Resolved]:
         return attention | {name: resolve(name, impl_besides_attention(impl), device) for name in OPERATORS}
     except ImplUnavailable as error:
         raise UserError(f"train.impl = {impl}: {error}.") from None
+
+
+def check_tokenizer(settings: Settings, num_pictures: int) -> None:
+    """Raise `UserError` when the tokenizer given cannot be read, or none can be trained on so few pictures."""
+    tokenizer = settings.tokenizer
+    if tokenizer.path is not None:
+        load_tokenizer(tokenizer.path)
+    elif tokenizer.batch_size > num_pictures:
+        raise UserError(
+            f"tokenizer.batch_size = {tokenizer.batch_size} is more than the {num_pictures} pictures to train on; "
+            f"set it to {num_pictures} or less."
+        )
 
 
 def resolve_bf16(settings: Settings, device: torch.device) -> bool:

@@ -64,9 +64,11 @@ class RunFolder:
             ) from None
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self._lock_file.close()
             raise UserError(f"another run is writing to {self.path}; wait for it or give another folder.") from None
+        except OSError as error:  # a network file system without locks
+            print(f"warning: {self.path} cannot be locked ({error.strerror}); start only one run there")
         if clear:
             self.clear()
 
@@ -125,6 +127,16 @@ def refuse_other_run(manifest: dict[str, Any], settings: Settings, folder: Path)
         raise UserError(
             f"{folder} belongs to a run with other settings ({'; '.join(different)}); "
             f"give the same ones to go on, or another --output_dir to start a new run."
+        )
+
+
+def refuse_other_inputs(saved: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Raise `UserError` when the settings are the checkpoint's but what they lead to is not."""
+    different = [f"{name}: {saved.get(name)} then, {now[name]} now" for name in now if saved.get(name) != now[name]]
+    if different:
+        raise UserError(
+            f"{folder} was trained on something else ({'; '.join(different)}); bring it back to go on, "
+            f"or start a new run in another --output_dir."
         )
 
 

@@ -2,38 +2,50 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import torch
 
 from ..config import Settings, result_settings
 from ..data.source import Source
+from ..errors import UserError
 from ..tokenizer.dvae import DiscreteVAE
-from ..tokenizer.files import load_tokenizer, read_recipe, save_tokenizer
+from ..tokenizer.files import identity, load_tokenizer, read_recipe, save_tokenizer
 from ..tokenizer.training import train
 from . import zero
+from .checkpoint import replace_durably
 from .run_folder import RunFolder
 
 
 def prepare_tokenizer(
-    settings: Settings, folder: RunFolder, pictures: Source, runtime: zero.Runtime
+    settings: Settings, folder: RunFolder, pictures: Source, runtime: zero.Runtime, *, resume_from: Path | None
 ) -> tuple[DiscreteVAE, dict[str, str]]:
     """The frozen tokenizer on the run's device, and facts about it for the header.
 
     Trained on rank 0 alone, with the threads that one rank would have, so that every world size gets the same one.
     """
-    path = settings.tokenizer.path
-    if path is None:
-        path = folder.tokenizer
-        if runtime.rank == 0 and not (path.exists() and read_recipe(path) == recipe(settings)):
+    path = settings.tokenizer.path or folder.tokenizer
+    if settings.tokenizer.path is None:
+
+        def train_unless_kept() -> None:
+            if resume_from is not None and not path.exists():  # resumed into another folder: take its tokenizer along
+                kept = RunFolder(resume_from.parents[1]).tokenizer
+                if kept.exists():
+                    replace_durably(path, lambda temporary: temporary.write_bytes(kept.read_bytes()))
+            if read_recipe(path) == recipe(settings):
+                return
+            if resume_from is not None:
+                raise UserError(f"the tokenizer that {resume_from} was trained with is not at {path}; bring it back.")
             threads = torch.get_num_threads()
             torch.set_num_threads(settings.train.threads or threads * runtime.local_world_size)
             print(f"no tokenizer was given: training one first, kept as {path}", flush=True)
-            tokenizer = train(settings, pictures, runtime.device)
-            save_tokenizer(tokenizer, path, recipe=recipe(settings))
+            save_tokenizer(train(settings, pictures, runtime.device), path, recipe=recipe(settings))
             torch.set_num_threads(threads)
-        zero.barrier()
+
+        zero.on_first_rank(train_unless_kept)
     tokenizer = load_tokenizer(path).to(runtime.device)
-    return tokenizer, {"file": str(path), "codes": str(tokenizer.vocab_size), "pixels a token": str(tokenizer.stride)}
+    facts = {"file": f"{path} ({identity(tokenizer)})", "codes": str(tokenizer.vocab_size)}
+    return tokenizer, facts | {"pixels a token": str(tokenizer.stride)}
 
 
 def recipe(settings: Settings) -> str:

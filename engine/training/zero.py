@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from pydantic import ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -27,7 +28,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 T = TypeVar("T")
@@ -132,6 +133,15 @@ def from_all_ranks(value: Tensor) -> list[Tensor]:
     return [tensor.cpu() for tensor in gathered]
 
 
+def union(found: dict[str, str]) -> dict[str, str]:
+    """The dictionaries of all ranks in one."""
+    gathered: list[Any] = [found]
+    if dist.get_world_size() > 1:
+        gathered = [None] * dist.get_world_size()
+        torch.distributed.all_gather_object(gathered, found)
+    return {name: value for part in gathered for name, value in part.items()}
+
+
 def batch_plan(settings: Settings, world_size: int) -> tuple[int, int]:
     """Pictures in a forward pass of one rank, and forward passes in an optimizer step.
 
@@ -157,6 +167,26 @@ def batch_plan(settings: Settings, world_size: int) -> tuple[int, int]:
     return micro_batch, share // micro_batch
 
 
+def deepspeed_config(settings: Settings, world_size: int, *, bf16: bool) -> dict[str, Any]:
+    """The configuration that DeepSpeed gets, checked.
+
+    Raises:
+        UserError: for a key or value that ours or DeepSpeed's checks refuse.
+    """
+    stage = resolve_stage(settings, world_size)
+    micro_batch, accumulation = batch_plan(settings, world_size)
+    config = resolve_json(
+        settings, stage=stage, micro_batch=micro_batch, accumulation=accumulation, world_size=world_size, bf16=bf16
+    )
+    try:
+        DeepSpeedZeroConfig(**config["zero_optimization"])
+    except ValidationError as errors:
+        first = errors.errors(include_url=False)[0]
+        name = ".".join(["zero_optimization", *map(str, first["loc"])])
+        raise UserError(f"zero.config: DeepSpeed refuses {name} = {first['input']!r}: {first['msg']}.") from None
+    return config
+
+
 class CheckedCheckpointEngine(TorchCheckpointEngine):
     """Writes DeepSpeed's files durably and loads them without unpickling code."""
 
@@ -179,18 +209,11 @@ class ZeroEngine:
     """
 
     def __init__(self, model: nn.Module, settings: Settings, runtime: Runtime, *, bf16: bool):
-        self.stage = resolve_stage(settings)
+        self.stage = resolve_stage(settings, runtime.world_size)
         self.bf16 = bf16
         self.runtime = runtime
         self.micro_batch, self.accumulation = batch_plan(settings, runtime.world_size)
-        config = resolve_json(
-            settings,
-            stage=self.stage,
-            micro_batch=self.micro_batch,
-            accumulation=self.accumulation,
-            world_size=runtime.world_size,
-            bf16=bf16,
-        )
+        config = deepspeed_config(settings, runtime.world_size, bf16=bf16)
         optim = settings.optim
         groups = parameter_groups(model.to(runtime.device), optim.weight_decay)
         adamw: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}

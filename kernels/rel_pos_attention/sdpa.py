@@ -18,6 +18,6 @@ def rel_pos_attention_sdpa(qkv_BNTHD: Tensor, bias_HNN: Tensor | None, scale: fl
     qkv_BNTHD = qkv_BNTHD.to(compute_dtype(qkv_BNTHD))
     with torch.autocast(qkv_BNTHD.device.type, enabled=False):
         q_BHND, k_BHND, v_BHND = qkv_BNTHD.permute(2, 0, 3, 1, 4).unbind(0)
-        mask_BHNN = None if bias_HNN is None else bias_HNN.to(qkv_BNTHD.dtype).expand(q_BHND.shape[0], -1, -1, -1)
-        out_BHND = F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, attn_mask=mask_BHNN, scale=scale)
+        mask_1HNN = None if bias_HNN is None else bias_HNN.to(qkv_BNTHD.dtype)[None]
+        out_BHND = F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, attn_mask=mask_1HNN, scale=scale)
         return out_BHND.transpose(1, 2).flatten(2)
