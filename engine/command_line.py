@@ -34,6 +34,10 @@ def run_script(main: Callable[[Sequence[str]], None]) -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankError):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        if is_first_rank():
+            print("interrupted before there was anything to save", file=sys.stderr)
+        sys.exit(130)
 
 
 def is_first_rank() -> bool:

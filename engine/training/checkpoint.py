@@ -21,6 +21,7 @@ from ..errors import UserError
 MANIFEST = "MANIFEST.json"
 LATEST = "latest"
 FORMAT = 1
+ELSEWHERE = "restore it from a copy, or go on from another checkpoint (--resume auto takes the newest sound one)."
 
 
 def tag_of(step: int) -> str:
@@ -31,9 +32,16 @@ def replace_durably(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file, sync it to the disk and give it its name in one move."""
     temporary = path.with_name(path.name + ".tmp")
     write(temporary)
+    temporary.chmod(0o666 & ~_umask())  # some writers make files that others may not read
     sync(temporary)
     os.replace(temporary, path)
     sync(path.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def sync(path: Path) -> None:
@@ -74,17 +82,20 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads((folder / MANIFEST).read_text())
         files = [(name, size, crc) for name, (size, crc) in manifest["files"].items()]
     except FileNotFoundError:
-        raise UserError(f"{folder} is not a complete checkpoint: it has no {MANIFEST}.") from None
+        raise UserError(
+            f"{folder} is not a complete checkpoint: it has no {MANIFEST}; give a folder such as "
+            f"OUT/checkpoints/{tag_of(1000)}, or --resume auto."
+        ) from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{folder} is damaged: its {MANIFEST} cannot be read.") from None
+        raise UserError(f"{folder} is damaged: its {MANIFEST} cannot be read; {ELSEWHERE}") from None
     if manifest.get("format") != FORMAT:
         raise UserError(f"{folder} has checkpoint format {manifest.get('format')}; this version reads format {FORMAT}.")
     for name, size, crc in files:
         file = folder / name
         if not file.is_file():
-            raise UserError(f"{folder} is damaged: {name} is missing.")
+            raise UserError(f"{folder} is damaged: {name} is missing; {ELSEWHERE}")
         if file.stat().st_size != size or crc32(file) != crc:
-            raise UserError(f"{folder} is damaged: {name} is not as it was written.")
+            raise UserError(f"{folder} is damaged: {name} is not as it was written; {ELSEWHERE}")
     return dict(manifest)
 
 

@@ -61,7 +61,7 @@ def evaluate(engine: ZeroEngine, tokenizer: DiscreteVAE, batches: Iterable[Batch
     return Evaluation(
         loss=loss_sum / pictures,
         accuracy=accuracy_sum / pictures,
-        token_entropy=float(-(shares * shares.clamp(min=1e-30).log()).sum()),
+        token_entropy=float((shares * -shares.clamp(min=1e-30).log()).sum()),
         commonest_share=float(shares.max()),
         codes_used=int((shares > 0).sum()),
         pictures=int(pictures),

@@ -33,6 +33,7 @@ from .run_folder import RunFolder, comparable, find_resume, refuse_other_inputs,
 from .tokenizer_stage import prepare_tokenizer
 
 PICTURES_IN_REPORT = 8
+COLLAPSED = 0.9  # share of the commonest token beyond which a tokenizer tells pictures no longer apart
 OPERATORS = ("embed_tokens", "gather_masked", "residual_norm", "residual_add", "token_loss", "nearest_code")
 
 
@@ -63,6 +64,10 @@ def pretrain(settings: Settings) -> bool:
             print(f"warning: {problem}")
         run = Run(settings, folder, pictures, runtime, implementations, resume_from, manifest)
         try:
+            if run.start_step >= run.end_step:
+                if first:
+                    print(f"step {run.start_step} of {run.total_steps} is done already; there is nothing to do")
+                return True
             with run.loop.stop:
                 done = run.loop.run(run.start_step, run.end_step)
             return run.finish(done)
@@ -203,6 +208,8 @@ class Run:
             evaluation = self.evaluate()
             if evaluation is not None and self.pictures.val is not None:
                 self.loop.report_evaluation(done, evaluation)
+                for note in collapse_notes(evaluation):
+                    self.loop.progress.say(f"warning: {note}")
                 # The same pictures on every rank: at ZeRO stage 3 all of them must take part.
                 shown = self.val_batches(self.pictures.val, PICTURES_IN_REPORT, rank=0, world_size=1)
                 rows = fill_pictures(self.engine, self.tokenizer, next(shown))
@@ -235,7 +242,9 @@ class Run:
         settings, folder = self.settings, self.folder
         history = read_metrics(folder.metrics)
         held_out: dict[str, Any] = {}
+        notes = []
         if evaluation is not None:
+            notes = collapse_notes(evaluation)
             held_out = {
                 "token_entropy": evaluation.token_entropy,
                 "commonest_share": evaluation.commonest_share,
@@ -251,7 +260,8 @@ class Run:
             **held_out,
             steps=done,
             images_seen=done * settings.train.global_batch,
-            duration=self.loop.progress.seconds(),
+            duration=training_seconds(history, settings.train.global_batch),
+            notes=notes,
             skipped_steps=max((row.get("skipped") or 0 for row in history), default=0),
             pictures=rows,
             bad_pictures=[f"{name}: {reason}" for name, reason in bad.items()][:50],
@@ -300,6 +310,27 @@ class Run:
         operators = {name: f"{resolved.impl}: {resolved.reason}" for name, resolved in implementations.items()}
         blocks = {"run": run, "tokenizer": tokenizer_facts, "operators": operators, "machine": self.facts}
         return header(settings, blocks)
+
+
+def collapse_notes(evaluation: Evaluation) -> list[str]:
+    """A warning when the tokenizer gives nearly every patch the same token, so that there is nothing to learn."""
+    if evaluation.commonest_share < COLLAPSED:
+        return []
+    return [
+        f"The tokenizer has collapsed: {evaluation.commonest_share:.0%} of the hidden patches have the same token, so "
+        f"these figures say nothing about the model. Train the tokenizer longer, or with a lower tokenizer.lr."
+    ]
+
+
+def training_seconds(history: list[dict[str, Any]], global_batch: int) -> float:
+    """Time spent in training steps over all sessions of a run, from the logged speeds."""
+    steps = [row for row in history if row.get("images_per_s")]
+    before = [0, *(row["step"] for row in steps)]
+    return sum(
+        (row["step"] - start) * global_batch / row["images_per_s"]
+        for row, start in zip(steps, before, strict=False)
+        if row["step"] > start
+    )
 
 
 def link_model(source: Path, target: Path) -> None:

@@ -38,7 +38,11 @@ def prepare_tokenizer(
                 raise UserError(f"the tokenizer that {resume_from} was trained with is not at {path}; bring it back.")
             threads = torch.get_num_threads()
             torch.set_num_threads(settings.train.threads or threads * runtime.local_world_size)
-            print(f"no tokenizer was given: training one first, kept as {path}", flush=True)
+            print(
+                f"no tokenizer was given: training one first on {len(pictures):,} pictures, "
+                f"{settings.tokenizer.train_steps:,} steps of {settings.tokenizer.batch_size}; kept as {path}",
+                flush=True,
+            )
             save_tokenizer(train(settings, pictures, runtime.device), path, recipe=recipe(settings))
             torch.set_num_threads(threads)
 

@@ -79,6 +79,8 @@ def headline(report: Report) -> str:
     if accuracy is None:
         steps = count(report.steps, "step") if report.steps else "no step"
         return f"{report.model} ran {steps} on {report.subject}"
+    if share is not None and share > 0.9:
+        return f"The tokens of {report.subject} are nearly all the same: nothing to learn"
     if share is None or accuracy >= 1.5 * share or 1 - accuracy <= (1 - share) / 2:
         return f"{report.model} learned to fill\u00a0in {report.subject}"
     if accuracy > share:
