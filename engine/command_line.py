@@ -57,6 +57,7 @@ def parse(argv: Sequence[str], *, description: str) -> Settings:
         SystemExit: code 0 after `--help`, 2 for an option that does not exist or cannot be read.
     """
     argv = [word for word in argv if not word.startswith(("--local_rank", "--local-rank"))]  # the launcher's own
+    refuse_unknown(argv)
     refuse_contradictions(argv)
     preset = option(argv, "preset") or Settings().preset
     config = option(argv, "config")
@@ -88,6 +89,18 @@ def option(argv: Sequence[str], name: str) -> str | None:
         if word.startswith(f"--{name}="):
             return word.partition("=")[2]
     return None
+
+
+def refuse_unknown(argv: Sequence[str]) -> None:
+    """Raise `UserError` for an option that is no setting, naming the nearest one."""
+    names = field_names(Settings)
+    negated = [".no_".join(name.rsplit(".", 1)) for name in names if "." in name] + [f"no_{name}" for name in names]
+    for word in argv:
+        name = word.partition("=")[0].removeprefix("--").replace("-", "_")
+        if word.startswith("--") and name not in ("help", *names, *negated):
+            close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+            hint = f"did you mean --{close[0]}?" if close else "--help lists the options."
+            raise UserError(f"there is no option --{name}; {hint}")
 
 
 def refuse_contradictions(argv: Sequence[str]) -> None:

@@ -76,6 +76,8 @@ def test_every_setting_changes_either_the_result_or_the_speed():
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
+        (["--optim.lrr", "1"], ["--optim.lrr", "did you mean --optim.lr?"]),
+        (["--warmup", "1"], ["--warmup", "--help"]),
         (["--preset", "digit"], ["'digit'", "did you mean 'digits'"]),
         (["--preset", "no_such"], ["'no_such'", "beit_base_in1k_800ep"]),
         (["--preset", "beit_tiny"], ["beit_tiny", "--data.path"]),
