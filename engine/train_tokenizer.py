@@ -48,6 +48,7 @@ def train(settings: Settings, folder: Path, file: Path) -> None:
     import torch
     from PIL import Image
 
+    from fused_beit.engine.cpu import keep_freed_memory
     from fused_beit.engine.data.loading import val_batches
     from fused_beit.engine.data.pictures import open_pictures
     from fused_beit.engine.tokenizer import training
@@ -57,6 +58,8 @@ def train(settings: Settings, folder: Path, file: Path) -> None:
     if settings.train.threads is not None:
         torch.set_num_threads(settings.train.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu":
+        keep_freed_memory()
     pictures = open_pictures(settings.data, settings.train.seed)
     folder.mkdir(parents=True, exist_ok=True)
     print(f"training a tokenizer of {settings.tokenizer.vocab_size} codes on {device}: {pictures.subject}", flush=True)

@@ -84,6 +84,8 @@ class Loop:
             if done % train.log_every == 0 or done == end_step:
                 stopping = self.report(done, interval)
                 interval = Interval(self.engine.runtime.device)
+            else:
+                self.progress.step(done)
             if train.eval_every and done % train.eval_every == 0 and done != end_step:
                 evaluation = self.evaluate()
                 if evaluation is not None:

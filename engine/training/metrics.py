@@ -71,26 +71,42 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class Progress:
-    """A bar on a terminal, a line every `every` seconds elsewhere; silent where `enabled` is false."""
+    """A bar on a terminal, a line every `every` seconds elsewhere; silent where `enabled` is false.
+
+    `step` counts; `update` counts and says the figures. Before the first figures a line says how long it will take.
+    """
 
     def __init__(self, total: int, start: int, *, enabled: bool = True, every: float = 10.0):
         self.total, self.start, self.done = total, start, start
         self.enabled, self.every = enabled, every
         self.began = self.spoke = time.monotonic()
+        self.first_line = True
         on_terminal = enabled and sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True) if on_terminal else None
 
+    def step(self, step: int) -> None:
+        """Show that `step` steps are done, whose figures nobody has read yet."""
+        if self.bar is not None:
+            self.bar.update(step - self.done)
+        self.done = step
+        if self.first_line and time.monotonic() - self.spoke >= self.every and step < self.total:
+            self.line("")
+
     def update(self, step: int, text: str) -> None:
-        """Show that `step` steps are done."""
+        """Show that `step` steps are done, and their figures."""
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(step - self.done)
         self.done = step
-        now = time.monotonic()
-        if self.enabled and self.bar is None and (now - self.spoke >= self.every or step == self.total):
-            self.spoke = now
-            left = (now - self.began) / max(step - self.start, 1) * (self.total - step)
-            print(f"step {step}/{self.total}  {text}  {duration(left)} left", flush=True)
+        if time.monotonic() - self.spoke >= self.every or step == self.total:
+            self.line(f"{text}  ")
+
+    def line(self, text: str) -> None:
+        """Print how far it is, where there is no bar."""
+        self.spoke, self.first_line = time.monotonic(), False
+        if self.enabled and self.bar is None:
+            left = (self.spoke - self.began) / max(self.done - self.start, 1) * (self.total - self.done)
+            print(f"step {self.done}/{self.total}  {text}{duration(left)} left", flush=True)
 
     def say(self, text: str) -> None:
         """Print a line without breaking the bar."""

@@ -13,6 +13,7 @@ from fused_beit.kernels import ImplUnavailable, Resolved, resolve
 
 from ..command_line import options_of
 from ..config import Settings, result_settings, speed_settings
+from ..cpu import has_bf16
 from ..data.loading import BadPictureLog, Batch, train_loader, val_batches
 from ..data.pictures import Pictures, open_pictures
 from ..data.source import Source
@@ -60,8 +61,8 @@ def pretrain(settings: Settings) -> bool:
         zero.refuse_other_shape(manifest, folder=resume_from, world_size=runtime.world_size, stage=stage)
     zero.on_first_rank(partial(folder.claim, clear=settings.overwrite))
     with folder:
-        for problem in problems if first else []:
-            print(f"warning: {problem}")
+        for problem in [*problems, *slow_precision(settings, runtime.device)] if first else []:
+            print(f"warning: {problem}", flush=True)
         run = Run(settings, folder, pictures, runtime, implementations, resume_from, manifest)
         try:
             if run.start_step >= run.end_step:
@@ -370,6 +371,13 @@ def resolve_bf16(settings: Settings, device: torch.device) -> bool:
     if settings.train.precision == "auto":
         return device.type == "cuda"
     return settings.train.precision == "bf16"
+
+
+def slow_precision(settings: Settings, device: torch.device) -> list[str]:
+    """A warning when the precision asked for is one that the processor has to imitate."""
+    if device.type != "cpu" or not resolve_bf16(settings, device) or has_bf16():
+        return []
+    return ["train.precision = bf16 is many times slower than fp32 on this processor, which has no bf16; use fp32."]
 
 
 def run_length(settings: Settings, num_pictures: int) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..config import Settings
+from ..cpu import keep_freed_memory
 from ..errors import UserError
 from . import checkpoint
 from .deepspeed_json import resolve_json, resolve_stage
@@ -80,6 +81,8 @@ def runtime(settings: Settings) -> Runtime:
     threads = settings.train.threads or max(1, len(os.sched_getaffinity(0)) // local_world_size)
     torch.set_num_threads(threads)
     device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cpu":
+        keep_freed_memory()
     return Runtime(dist.get_rank(), dist.get_world_size(), local_world_size, device, threads)
 
 
