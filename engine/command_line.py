@@ -3,22 +3,26 @@
 tyro reads the options and writes `--help`; pydantic checks the values, and what it finds is said in one sentence.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import functools
+import io
 import itertools
 import os
 import sys
 import tomllib
-from collections.abc import Callable, Sequence
+import typing
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from types import UnionType
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 from pydantic import ValidationError
 
-from .config import Section, Settings, check
+from .config import Section, Settings, check, is_used
 from .errors import RankError, UserError
 
 PRESETS = resources.files(__package__) / "presets"
@@ -54,7 +58,7 @@ def parse(argv: Sequence[str], *, description: str) -> Settings:
 
     Raises:
         UserError: for a value, key or combination that cannot be used.
-        SystemExit: code 0 after `--help`, 2 for an option that does not exist or cannot be read.
+        SystemExit: code 0 after `--help`.
     """
     argv = [word for word in argv if not word.startswith(("--local_rank", "--local-rank"))]  # the launcher's own
     refuse_unknown(argv)
@@ -68,17 +72,30 @@ def parse(argv: Sequence[str], *, description: str) -> Settings:
     values.setdefault("output_dir", f"output/{preset}")
     default = validate(values)
 
-    given = tyro.cli(
-        mirror(Settings),
-        args=argv,
-        default=mirrored(default),
-        description=description,
-        use_underscores=True,
-        console_outputs=is_first_rank(),
-    )
+    try:
+        given = read_options(argv, default, description)
+    except SystemExit as end:
+        if end.code:
+            refuse_unreadable(argv, default)
+        raise
     settings = validate(dataclasses.asdict(given))
+    if settings.tokenizer.path is not None:
+        refuse_useless_beside_tokenizer(argv)
     check(settings)
     return settings
+
+
+def read_options(argv: Sequence[str], default: Settings, description: str = "") -> Any:
+    """`default` with the options put over it, unchecked; `SystemExit` after `--help` or for what cannot be read."""
+    with contextlib.redirect_stderr(io.StringIO()):  # tyro explains in a box; `refuse_unreadable` does in a sentence
+        return tyro.cli(
+            mirror(Settings),
+            args=argv,
+            default=mirrored(default),
+            description=description,
+            use_underscores=True,
+            console_outputs=is_first_rank(),
+        )
 
 
 def option(argv: Sequence[str], name: str) -> str | None:
@@ -106,13 +123,62 @@ def refuse_unknown(argv: Sequence[str]) -> None:
 def refuse_contradictions(argv: Sequence[str]) -> None:
     """Raise `UserError` when one option is given twice with two values."""
     seen: dict[str, list[str]] = {}
+    for name, values in split_options(argv):
+        if seen.setdefault(name, values) != values:
+            raise UserError(f"--{name} is given twice, as {' '.join(seen[name])} and {' '.join(values)}; give it once.")
+
+
+def refuse_unreadable(argv: Sequence[str], default: Settings) -> NoReturn:
+    """Raise `UserError` for the first option that cannot be read, with what it takes."""
+    if argv and not argv[0].startswith("--"):
+        raise UserError(f"{argv[0]!r} belongs to no option; options look like --optim.lr 1e-3, --help lists them.")
+    for name, values in split_options(argv):
+        try:
+            read_options([f"--{name}", *values], default)
+        except SystemExit:
+            given = f"--{name} {' '.join(values)}".strip()
+            raise UserError(f"{given} cannot be read: --{name} takes {allowed(annotation_of(name))}.") from None
+    raise UserError("the options cannot be read together; --help lists them.")
+
+
+def refuse_useless_beside_tokenizer(argv: Sequence[str]) -> None:
+    """Raise `UserError` for an option about training a tokenizer when a trained one is used."""
+    for name, _ in split_options(argv):
+        if name.startswith("tokenizer.") and name != "tokenizer.path":
+            raise UserError(
+                f"--{name} is for training a tokenizer and tokenizer.path gives a trained one; leave one of them out."
+            )
+
+
+def split_options(argv: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Each option's name, with underscores and without `--`, and the words that belong to it."""
     starts = [i for i, word in enumerate(argv) if word.startswith("--")]
     for start, end in itertools.pairwise([*starts, len(argv)]):
-        name, _, value = argv[start].partition("=")
-        name, values = name.replace("-", "_"), ([value] if value else []) + list(argv[start + 1 : end])
-        if seen.setdefault(name, values) != values:
-            shown = name.replace("__", "--", 1)
-            raise UserError(f"{shown} is given twice, as {' '.join(seen[name])} and {' '.join(values)}; give it once.")
+        name, equals, value = argv[start].partition("=")
+        yield name.removeprefix("--").replace("-", "_"), [value] * bool(equals) + list(argv[start + 1 : end])
+
+
+def annotation_of(name: str) -> Any:
+    """The type of a setting by its dotted name, or by that of its `no_` form."""
+    section: type[Section] = Settings
+    *parents, last = name.split(".")
+    for parent in parents:
+        section = section.model_fields[parent].annotation  # type: ignore[assignment]
+    return section.model_fields[last if last in section.model_fields else last.removeprefix("no_")].annotation
+
+
+def allowed(annotation: Any) -> str:
+    """What an option of this type takes, in words."""
+    if typing.get_origin(annotation) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(annotation)))
+    if typing.get_origin(annotation) is tuple:
+        return "two numbers"
+    if typing.get_origin(annotation) in (UnionType, typing.Union):
+        kind, _ = typing.get_args(annotation)
+        return f"{allowed(kind)} or None"
+    return {bool: "no value, and its opposite is written no_", int: "a whole number", float: "a number"}.get(
+        annotation, "one word"
+    )
 
 
 def load_preset(name: str) -> dict[str, Any]:
@@ -165,7 +231,7 @@ def options_of(settings: Settings) -> list[str]:
     default = validate(load_preset(settings.preset) | {"preset": settings.preset})
     argv = ["--preset", settings.preset, "--output_dir", str(settings.output_dir)]
     for name in field_names(Settings):
-        if name in ("preset", "config", "output_dir", "resume", "overwrite"):
+        if name in ("preset", "config", "output_dir", "resume", "overwrite") or not is_used(name, settings):
             continue
         value: Any = functools.reduce(getattr, name.split("."), settings)
         usual: Any = functools.reduce(getattr, name.split("."), default)

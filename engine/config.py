@@ -275,7 +275,12 @@ def check(settings: Settings) -> None:
 
 def result_settings(settings: Settings) -> dict[str, Any]:
     """The settings that change a run's result, as `{"section.field": value}`."""
-    return {name: value for name, value, speed_only in _named(settings) if not speed_only}
+    return {name: value for name, value, speed_only in _named(settings) if not speed_only and is_used(name, settings)}
+
+
+def is_used(name: str, settings: Settings) -> bool:
+    """False for what says how a tokenizer is trained when a trained one is given."""
+    return settings.tokenizer.path is None or not name.startswith("tokenizer.") or name == "tokenizer.path"
 
 
 def speed_settings(settings: Settings) -> dict[str, Any]:
