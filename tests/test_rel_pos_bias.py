@@ -1,12 +1,46 @@
-"""The relative position table: its row order, its expansion, its gradient."""
+"""The relative position table: its row order, its expansion, its gradient, and one bias for many layers."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from fused_beit.kernels import RelativePositionBias, relative_position_index
-from fused_beit.kernels.rel_pos_attention.bias import expand_table, num_relative_positions
+from fused_beit.kernels import Impl, ImplUnavailable, RelativePositionBias, relative_position_index, resolve
+from fused_beit.kernels.rel_pos_attention.bias import expand_table, num_relative_positions, scatter_table
+from fused_beit.kernels.testing import assert_no_worse_than_eager
 
 WINDOWS = [(1, 1), (2, 2), (3, 2), (2, 5), (14, 14)]
+SMALL_WINDOWS = [(1, 1), (3, 2), (2, 5), (1, 4), (4, 1)]
+KERNEL_DTYPES = [torch.float64, torch.float32, torch.float16]  # the interpreter computes bf16 wrongly
+IMPLS = [
+    "reference",
+    pytest.param(
+        "triton",
+        marks=pytest.mark.skipif(
+            os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter: TRITON_INTERPRET=1"
+        ),
+    ),
+]
+TRITON = IMPLS[1:]
+
+
+def table_of(window, cls_token=True, num_heads=2, dtype=torch.float64):
+    return torch.randn(num_relative_positions(window, cls_token), num_heads).to(dtype).requires_grad_()
+
+
+def num_tokens_of(window, cls_token=True):
+    return window[0] * window[1] + cls_token
+
+
+def scatter_by_index(grad, window, cls_token):
+    """The definition, in float64."""
+    index = relative_position_index(window, cls_token).flatten()
+    rows = torch.zeros(num_relative_positions(window, cls_token), grad.shape[0], dtype=torch.float64)
+    return rows.index_add(0, index, grad.double().flatten(1).t())
 
 
 def index_by_loops(window, cls_token):
@@ -57,30 +91,372 @@ def test_starts_at_zero():
 @pytest.mark.parametrize("window", WINDOWS)
 def test_the_dense_bias_is_the_table_at_the_index_head_first(window, cls_token):
     module = RelativePositionBias(window, 3, cls_token)
-    torch.nn.init.normal_(module.relative_position_bias_table)
-    bias = module()
-    assert bias.is_contiguous()
+    nn.init.normal_(module.relative_position_bias_table)
     index = relative_position_index(window, cls_token)
-    assert torch.equal(bias, module.relative_position_bias_table[index].permute(2, 0, 1))
+    assert torch.equal(module(), module.relative_position_bias_table[index].permute(2, 0, 1))
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("window", "cls_token"), [((1, 1), False), ((1, 3), True), ((3, 2), True), ((2, 5), False)])
+def test_every_row_of_the_dense_bias_is_aligned_and_followed_by_zeros(window, cls_token, dtype, impl):
+    bias = expand_table(table_of(window, cls_token, 3, torch.float32), window, cls_token, dtype, impl).detach()
+    num_tokens = num_tokens_of(window, cls_token)
+    row = -(-num_tokens * dtype.itemsize // 16) * 16 // dtype.itemsize
+    assert (bias.shape, bias.stride()) == ((3, num_tokens, num_tokens), (num_tokens * row, row, 1))
+    assert (bias.dtype, bias.data_ptr() % 16) == (dtype, 0)
+    assert not bias.as_strided((3, num_tokens, row), bias.stride())[:, :, num_tokens:].any()
+
+
+def test_a_dense_bias_in_bf16_is_the_table_rounded():
+    table = table_of((3, 2), dtype=torch.float32)
+    bias = expand_table(table, (3, 2), dtype=torch.bfloat16)
+    assert bias.stride() == (7 * 8, 8, 1)
+    assert torch.equal(bias, table[relative_position_index((3, 2))].permute(2, 0, 1).bfloat16())
+
+
+def test_the_gradient_of_a_bf16_bias_is_summed_in_fp32():
+    table, grad = table_of((4, 4), dtype=torch.float32), torch.randn(2, 17, 17).bfloat16()
+    expand_table(table, (4, 4), dtype=torch.bfloat16).backward(grad)
+    torch.testing.assert_close(table.grad.double(), scatter_by_index(grad, (4, 4), True), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", TRITON)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("cls_token", [True, False])
+@pytest.mark.parametrize("window", SMALL_WINDOWS)
+def test_the_expansion_equals_the_reference_bit_for_bit(window, cls_token, dtype, impl):
+    table = table_of(window, cls_token, dtype=torch.float32)
+    expected = expand_table(table, window, cls_token, dtype, "reference")
+    assert torch.equal(expand_table(table, window, cls_token, dtype, impl), expected)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("cls_token", [True, False])
+@pytest.mark.parametrize("window", SMALL_WINDOWS)
+def test_the_scatter_is_the_sum_over_the_pairs_of_each_row(window, cls_token, impl):
+    num_tokens = num_tokens_of(window, cls_token)
+    grad = torch.randn(2, num_tokens, num_tokens, dtype=torch.float64)
+    found = scatter_table(grad, window, cls_token, impl=impl)
+    torch.testing.assert_close(found, scatter_by_index(grad, window, cls_token), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("impl", TRITON)
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES[1:])
+@pytest.mark.parametrize("cls_token", [True, False])
+def test_the_scatter_is_no_worse_than_eager(cls_token, dtype, impl):
+    num_tokens = num_tokens_of((3, 5), cls_token)
+    grad = torch.randn(2, num_tokens, num_tokens).to(dtype)
+    eager, found = (scatter_table(grad, (3, 5), cls_token, impl=which) for which in ("reference", impl))
+    assert_no_worse_than_eager("scatter", found, eager, scatter_by_index(grad, (3, 5), cls_token))
+
+
+@pytest.mark.parametrize("impl", TRITON)
+@pytest.mark.parametrize("cls_token", [True, False])
+def test_windows_of_several_blocks_are_expanded_and_scattered_whole(cls_token, impl, monkeypatch):
+    from fused_beit.kernels.rel_pos_attention import table_kernels
+
+    for config, smaller in (
+        (table_kernels.EXPAND_CONFIG, {"BLOCK_H": 2, "BLOCK_N": 4}),
+        (table_kernels.SCATTER_CONFIG, {"BLOCK_H": 2, "BLOCK_PAIRS": 2}),
+    ):
+        for name, value in smaller.items():
+            monkeypatch.setitem(config, name, value)
+    window, num_tokens = (3, 2), num_tokens_of((3, 2), cls_token)
+    table = table_of(window, cls_token, num_heads=3)
+    assert torch.equal(expand_table(table, window, cls_token, impl=impl), expand_table(table, window, cls_token))
+    grad = torch.randn(3, num_tokens, num_tokens, dtype=torch.float64)
+    found = scatter_table(grad, window, cls_token, impl=impl)
+    torch.testing.assert_close(found, scatter_by_index(grad, window, cls_token), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_gradient_of_any_strides_is_scattered(impl):
+    grad = torch.randn(7, 7, 2, dtype=torch.float64)
+    for strided in (grad.permute(2, 1, 0), grad[:1, :1, :].permute(2, 0, 1).expand(2, 7, 7)):
+        found = scatter_table(strided, (2, 3), impl=impl)
+        torch.testing.assert_close(found, scatter_by_index(strided, (2, 3), True), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_table_of_any_strides_is_expanded(impl):
+    table = torch.randn(3, num_relative_positions((2, 3)) * 2)[:, ::2].t()
+    assert torch.equal(expand_table(table, (2, 3), impl=impl), expand_table(table.contiguous(), (2, 3)))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("cls_token", [True, False])
 @pytest.mark.parametrize("window", [(1, 1), (2, 3)])
-def test_gradients_pass_gradcheck(window, cls_token):
-    table = torch.randn(num_relative_positions(window, cls_token), 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda table: expand_table(table, window, cls_token), table)
+def test_gradients_pass_gradcheck(window, cls_token, impl):
+    table = table_of(window, cls_token)
+    fast = impl == "triton"  # the interpreter is slow
+    assert torch.autograd.gradcheck(lambda t: expand_table(t, window, cls_token, impl=impl), table, fast_mode=fast)
 
 
-def test_gradient_is_the_sum_over_the_pairs_of_each_row():
-    module = RelativePositionBias((2, 3), 2).double()
-    grad = torch.randn(2, 7, 7, dtype=torch.float64)
-    module().backward(grad)
-    expected = torch.zeros(num_relative_positions((2, 3)), 2, dtype=torch.float64)
-    index = relative_position_index((2, 3))
-    for query in range(7):
-        for key in range(7):
-            expected[index[query, key]] += grad[:, query, key]
-    torch.testing.assert_close(module.relative_position_bias_table.grad, expected)
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_scatter_equals_the_gradient_of_the_expansion_bit_for_bit(impl):
+    table, grad = table_of((3, 4), dtype=torch.float32), torch.randn(2, 13, 13)
+    expand_table(table, (3, 4), impl=impl).backward(grad)
+    assert torch.equal(table.grad, scatter_table(grad, (3, 4), impl=impl))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_two_gradients_are_equal_bit_for_bit(impl):
+    grad = torch.randn(2, 13, 13)
+    assert torch.equal(scatter_table(grad, (3, 4), impl=impl), scatter_table(grad.clone(), (3, 4), impl=impl))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_passes_opcheck(impl):
+    ops, arguments = torch.ops.fused_beit, ((2, 2), True, torch.float32)
+    table, grad = table_of((2, 2), dtype=torch.float32), torch.randn(2, 5, 5)
+    torch.library.opcheck(ops.expand_table.default, (table, *arguments, impl))
+    torch.library.opcheck(ops.scatter_table.default, (grad, *arguments, impl))
+    if impl == "triton":
+        torch.library.opcheck(ops.expand_table_triton.default, (table, *arguments))
+        torch.library.opcheck(ops.scatter_table_triton.default, (grad, *arguments))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("operator", ["expand_table", "scatter_table"])
+def test_auto_is_the_reference_everywhere(operator, device):
+    assert resolve(operator, "auto", device).impl is Impl.REFERENCE
+
+
+def test_triton_is_refused_where_it_cannot_run():
+    with pytest.raises(ImplUnavailable, match="impl='triton' was asked for, but"):
+        expand_table(table_of((2, 2), dtype=torch.bfloat16), (2, 2), impl="triton")
+    with pytest.raises(ImplUnavailable, match="impl='triton' was asked for, but"):
+        scatter_table(torch.zeros(2, 5, 5, dtype=torch.bfloat16), (2, 2), impl="triton")
+
+
+def test_a_table_of_another_window_is_refused():
+    with pytest.raises(ValueError, match=r"table must have shape \[12, H\], but has \[9, 2\]"):
+        expand_table(torch.zeros(9, 2), (2, 2))
+
+
+def test_a_gradient_of_another_window_is_refused():
+    with pytest.raises(ValueError, match=r"grad must have shape \[H, 5, 5\], but has \[2, 4, 4\]"):
+        scatter_table(torch.zeros(2, 4, 4), (2, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_a_bias_that_is_not_floating_point_is_refused(dtype):
+    with pytest.raises(TypeError, match=f"dtype must be a floating-point one, but is {dtype}"):
+        expand_table(table_of((2, 2)), (2, 2), dtype=dtype)
+
+
+AHEAD_OF_TIME = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fused_beit.kernels.rel_pos_attention import table_kernels as tk
+
+for target in (GPUTarget("cuda", 80, 32), GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)):
+    for kernel, config, dtypes in (
+        (tk.table_expand_kernel, tk.EXPAND_CONFIG, ("*fp32", "*bf16")),
+        (tk.table_scatter_kernel, tk.SCATTER_CONFIG, ("*fp32", "*fp32")),
+        (tk.table_scatter_kernel, tk.SCATTER_CONFIG, ("*bf16", "*fp32")),
+    ):
+        sizes = {"NUM_TOKENS": 197, "WINDOW_H": 14, "WINDOW_W": 14, "HAS_CLS": True, **config}
+        constants = {name: sizes[name] for name in kernel.arg_names if name in sizes}
+        options = {name: value for name, value in config.items() if name not in constants}
+        kinds = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(constants, "constexpr")
+        kinds |= zip(kernel.arg_names, dtypes)
+        built = triton.compile(ASTSource(kernel, kinds, constants), target=target, options=options)
+        code = built.asm["ptx" if "ptx" in built.asm else "amdgcn"]
+        assert not [line for line in code.splitlines() if "atom" in line or "red.global" in line]
+"""
+
+
+def test_the_kernels_compile_ahead_of_time_without_atomics():
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", AHEAD_OF_TIME]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.gpu
+def test_the_kernels_in_bf16_on_a_gpu():
+    table = table_of((14, 14), num_heads=12, dtype=torch.float32).cuda()
+    expected = expand_table(table, (14, 14), dtype=torch.bfloat16, impl="reference")
+    assert torch.equal(expand_table(table, (14, 14), dtype=torch.bfloat16, impl="triton"), expected)
+    grad = torch.randn(12, 197, 197)
+    eager, found, again = (scatter_table(grad.cuda(), (14, 14), impl=i) for i in ("reference", "triton", "triton"))
+    assert torch.equal(found, again)
+    assert_no_worse_than_eager("scatter", found.cpu(), eager.cpu(), scatter_by_index(grad, (14, 14), True))
+
+
+class AddsToBuffer(torch.autograd.Function):
+    """x * bias, with the gradient of the bias added to a buffer and none returned: what attention does."""
+
+    @staticmethod
+    def forward(ctx, x, bias, gradient):
+        ctx.save_for_backward(x, bias)
+        ctx.gradient = gradient
+        return x * bias
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, bias = ctx.saved_tensors
+        ctx.gradient.add_(grad * x)
+        return grad * bias, None, None
+
+
+def layers(x, bias, gradient=None, count=3):
+    """A chain of users of one bias: by the buffer where there is one, else by autograd."""
+    for _ in range(count):
+        x = x * bias if gradient is None else AddsToBuffer.apply(x, bias, gradient)
+    return x.sum()
+
+
+@pytest.fixture
+def module():
+    made = RelativePositionBias((2, 3), 2).double()
+    nn.init.normal_(made.relative_position_bias_table)
+    return made
+
+
+def x_of(seed=0):
+    return torch.randn(2, 7, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def gradient_of(module, *losses):
+    module.zero_grad()
+    for loss in losses:
+        loss.backward()
+    return module.relative_position_bias_table.grad.clone()
+
+
+def test_the_buffer_is_zeros_in_the_dtype_of_sums_and_contiguous():
+    for table_dtype, dtype in [(torch.float32, torch.float32), (torch.float64, torch.float64)]:
+        shared = RelativePositionBias((2, 3), 2).to(table_dtype).shared(torch.bfloat16)
+        assert (shared.bias.dtype, shared.bias.stride()) == (torch.bfloat16, (7 * 8, 8, 1))
+        assert (shared.gradient.dtype, shared.gradient.shape) == (dtype, (2, 7, 7))
+        assert shared.gradient.is_contiguous()
+        assert not shared.gradient.any()
+
+
+def test_the_shared_bias_has_the_values_of_the_forward(module):
+    assert torch.equal(module.shared().bias, module())
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_what_users_add_to_the_buffer_reaches_the_table(module, impl):
+    expected = gradient_of(module, layers(x_of(), module()))
+    module.impl = impl
+    torch.testing.assert_close(gradient_of(module, layers(x_of(), *module.shared())), expected)
+
+
+def test_so_it_does_from_under_activation_checkpointing(module):
+    def layer(x, shared):
+        return AddsToBuffer.apply(x.sin(), *shared)
+
+    x, shared = x_of(), module.shared()
+    expected = gradient_of(module, layer(layer(x, shared), shared).sum())
+    shared = module.shared()
+    for _ in range(2):
+        x = checkpoint(layer, x, shared, use_reentrant=False)
+    assert torch.equal(gradient_of(module, x.sum()), expected)
+
+
+def test_a_gradient_by_autograd_and_one_by_the_buffer_are_summed(module):
+    expected = gradient_of(module, layers(x_of(), module()) + layers(x_of(1), module()))
+    shared = module.shared()
+    found = gradient_of(module, layers(x_of(), *shared) + layers(x_of(1), shared.bias))
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_shared_bias_that_no_user_adds_to_gives_the_gradient_of_autograd_bit_for_bit(module):
+    module.float()
+    x = x_of().float()
+    assert torch.equal(gradient_of(module, layers(x, module.shared().bias)), gradient_of(module, layers(x, module())))
+
+
+def test_two_forwards_then_two_backwards_do_not_mix(module):
+    first = gradient_of(module, layers(x_of(), module()))
+    second = gradient_of(module, layers(x_of(1), module()))
+    losses = [layers(x_of(seed), *module.shared()) for seed in (0, 1)]
+    torch.testing.assert_close(gradient_of(module, losses[1]), second)
+    torch.testing.assert_close(gradient_of(module, losses[0]), first)
+
+
+def test_a_second_backward_over_one_graph_gives_the_same_gradient(module):
+    loss = layers(x_of(), *module.shared())
+    module.zero_grad()
+    loss.backward(retain_graph=True)
+    first = module.relative_position_bias_table.grad.clone()
+    assert torch.equal(gradient_of(module, loss), first)
+
+
+def test_users_whose_bias_is_cast_or_viewed_first_reach_the_table_too(module):
+    expected = gradient_of(module, layers(x_of(), module()))
+    bias, gradient = module.shared()
+    found = gradient_of(module, layers(x_of(), bias.float()[None].double()[0], gradient))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_bf16_bias_leaves_its_sums_in_fp32(module):
+    module.float()
+    x = x_of().float()
+    found = gradient_of(module, layers(x, *module.shared(torch.bfloat16), count=1))
+    assert torch.equal(found, scatter_table(x, (2, 3)))
+
+
+def test_without_gradients_the_bias_is_shared_all_the_same(module):
+    with torch.no_grad():
+        shared = module.shared()
+    assert not shared.bias.requires_grad
+    assert torch.equal(shared.bias, module())
+
+
+def test_a_frozen_table_is_shared_all_the_same(module):
+    module.requires_grad_(False)
+    x = x_of().requires_grad_()
+    layers(x, *module.shared()).backward()
+    torch.testing.assert_close(x.grad, module() ** 3)
+
+
+def test_sharing_compiles_without_a_graph_break(module):
+    expected = gradient_of(module, layers(x_of(), *module.shared()))
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: layers(x, *module.shared()), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(gradient_of(module, compiled(x_of())), expected)
+
+
+class Sharing(nn.Module):
+    def __init__(self, shared):
+        super().__init__()
+        self.linear = nn.Linear(7, 7)
+        self.rel_pos_bias = RelativePositionBias((2, 3), 2)
+        self.shared = shared
+
+    def forward(self, x):
+        bias = self.rel_pos_bias.shared() if self.shared else (self.rel_pos_bias(),)
+        loss = (1 + layers(self.linear(x), *bias)).square()
+        return loss, loss.detach()
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_sharing_trains_a_table_under_zero(stage):
+    from fused_beit.engine.config import Settings
+    from fused_beit.engine.training import zero
+
+    settings = Settings.model_validate({"zero": {"stage": stage}, "train": {"global_batch": 4, "threads": 1}})
+    trained = []
+    for shared in (False, True):
+        torch.manual_seed(0)
+        model = Sharing(shared)
+        nn.init.normal_(model.rel_pos_bias.relative_position_bias_table)
+        engine = zero.ZeroEngine(model, settings, zero.start(settings), bf16=False)
+        for _ in range(2):
+            engine.backward(engine(x_of().float())[0])
+            engine.step()
+        trained.append(engine.full_state_dict())
+    for name in trained[0]:
+        torch.testing.assert_close(trained[1][name], trained[0][name])
 
 
 def test_the_state_dict_is_the_table_alone():

@@ -1,11 +1,24 @@
-"""The learned relative position bias: a small table, its expansion to one bias per head, query and key.
+"""The learned relative position bias: a small table, its expansion to one bias per head, query and key, and back.
 
 H heads, N tokens, P patches, R rows of the table; (Wh, Ww) the window, in patches.
 """
 
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from ..impl import AUTO, Impl, ImplUnavailable, Operator
+from ..precision import accumulate_dtype
+from ..validation import check_float, check_shape
+
+ROW_ALIGNMENT = 16
+"""Bytes: every row of a dense bias starts at a multiple of this, as TMA needs."""
 
 
 def num_relative_positions(window: tuple[int, int], cls_token: bool = True) -> int:
@@ -37,26 +50,241 @@ def relative_position_index(window: tuple[int, int], cls_token: bool = True) -> 
     return index_NN
 
 
-def expand_table(table_RH: Tensor, window: tuple[int, int], cls_token: bool = True) -> Tensor:
-    """The dense bias [H, N, N] of a table [R, H]: table[relative_position_index(window, cls_token)], head first.
+def check_window(name: str, window: Sequence[int]) -> tuple[int, int]:
+    """The window as two ints. Raises ValueError unless it has two sides of at least 1."""
+    if len(window) != 2 or min(window) < 1:
+        raise ValueError(f"{name}: expected a window of two sides, both at least 1, but got {tuple(window)}")
+    return int(window[0]), int(window[1])
 
-    Made from sliding windows and not from the index: a patch's row of biases is a Wh x Ww window of the offsets. The
-    gradient then sums windows in a fixed order, where that of an indexing would be free to use atomics on CUDA.
-    """
+
+def _num_tokens(window: Sequence[int], cls_token: bool) -> int:
+    return window[0] * window[1] + int(cls_token)
+
+
+def _padding(num_tokens: int, dtype: torch.dtype) -> int:
+    """Elements after each row of the dense bias, so that the next one is aligned."""
+    return -num_tokens % (ROW_ALIGNMENT // dtype.itemsize)
+
+
+def _expand_reference(table_RH: Tensor, window: Sequence[int], cls_token: bool, dtype: torch.dtype) -> Tensor:
+    # Made from sliding windows and not from the index: a patch's row of biases is a Wh x Ww window of the offsets. The
+    # gradient then sums windows in a fixed order, where that of an indexing would be free to use atomics on CUDA.
     height, width = window
-    table_HR = table_RH.t().contiguous()
+    table_HR = table_RH.to(accumulate_dtype(table_RH.dtype)).t().contiguous()
     num_offsets = (2 * height - 1) * (2 * width - 1)
     offsets_HYX = table_HR[:, :num_offsets].unflatten(1, (2 * height - 1, 2 * width - 1))
     # The window of query (y, x) starts at (y, x) and holds the keys backwards, since an offset is query minus key.
     windows_HyxYX = offsets_HYX.unfold(1, height, 1).unfold(2, width, 1).flip(3, 4)
-    bias_HPP = windows_HyxYX.reshape(-1, height * width, height * width)
-    if not cls_token:
-        return bias_HPP
-    num_heads, num_patches, _ = bias_HPP.shape
-    cls_to_patch, patch_to_cls, cls_to_cls = table_HR[:, num_offsets:, None, None].unbind(1)
-    first_row = torch.cat([cls_to_cls, cls_to_patch.expand(num_heads, 1, num_patches)], dim=2)
-    other_rows = torch.cat([patch_to_cls.expand(num_heads, num_patches, 1), bias_HPP], dim=2)
-    return torch.cat([first_row, other_rows], dim=1)
+    bias_HNN = windows_HyxYX.reshape(-1, height * width, height * width)
+    if cls_token:
+        num_heads, num_patches, _ = bias_HNN.shape
+        cls_to_patch, patch_to_cls, cls_to_cls = table_HR[:, num_offsets:, None, None].unbind(1)
+        first_row = torch.cat([cls_to_cls, cls_to_patch.expand(num_heads, 1, num_patches)], dim=2)
+        other_rows = torch.cat([patch_to_cls.expand(num_heads, num_patches, 1), bias_HNN], dim=2)
+        bias_HNN = torch.cat([first_row, other_rows], dim=1)
+    num_tokens = bias_HNN.shape[2]
+    padding = _padding(num_tokens, dtype)
+    bias_HNN = bias_HNN.to(dtype)
+    return F.pad(bias_HNN, (0, padding))[:, :, :num_tokens] if padding else bias_HNN
+
+
+def _scatter_reference(grad_HNN: Tensor, window: Sequence[int], cls_token: bool, dtype: torch.dtype) -> Tensor:
+    # The gradient of _expand_reference, as torch's autograd computes it.
+    height, width = window
+    num_heads = grad_HNN.shape[0]
+    grad_HNN = grad_HNN.to(accumulate_dtype(grad_HNN.dtype))
+    first = int(cls_token)
+    windows_HyxYX = grad_HNN[:, first:, first:].reshape(num_heads, height, width, height, width).flip(3, 4)
+    rows_HyXY = torch.ops.aten.unfold_backward(
+        windows_HyxYX, [num_heads, height, 2 * width - 1, height], dim=2, size=width, step=1
+    )
+    offsets_HYX = torch.ops.aten.unfold_backward(
+        rows_HyXY, [num_heads, 2 * height - 1, 2 * width - 1], dim=1, size=height, step=1
+    )
+    table_HR = offsets_HYX.flatten(1)
+    if cls_token:
+        cls_H3 = torch.stack([grad_HNN[:, 0, 1:].sum(1), grad_HNN[:, 1:, 0].sum(1), grad_HNN[:, 0, 0]], dim=1)
+        table_HR = torch.cat([table_HR, cls_H3], dim=1)
+    return table_HR.t().contiguous().to(dtype)
+
+
+def _refuse_where_unavailable(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    why = None
+    if importlib.util.find_spec("triton") is None:
+        why = "triton is not installed"
+    elif os.environ.get("TRITON_INTERPRET") == "1":
+        if torch.bfloat16 in (tensor.dtype, dtype):
+            why = "Triton's interpreter computes bfloat16 wrongly; use float32 or float16 there"
+    elif tensor.device.type != "cuda":
+        why = f"Triton needs a GPU, but the tensors are on {tensor.device.type}"
+    if why is not None:
+        raise ImplUnavailable(f"{name}: impl='triton' was asked for, but {why}")
+
+
+def _expand_triton(table_RH: Tensor, window: Sequence[int], cls_token: bool, dtype: torch.dtype) -> Tensor:
+    _refuse_where_unavailable("expand_table", table_RH, dtype)
+    return torch.ops.fused_beit.expand_table_triton(table_RH, window, cls_token, dtype)
+
+
+def _scatter_triton(grad_HNN: Tensor, window: Sequence[int], cls_token: bool, dtype: torch.dtype) -> Tensor:
+    _refuse_where_unavailable("scatter_table", grad_HNN, dtype)
+    return torch.ops.fused_beit.scatter_table_triton(grad_HNN, window, cls_token, dtype)
+
+
+def _empty_bias(table_RH: Tensor, window: Sequence[int], cls_token: bool, dtype: torch.dtype) -> Tensor:
+    num_tokens = _num_tokens(window, cls_token)
+    row_stride = num_tokens + _padding(num_tokens, dtype)
+    return table_RH.new_empty(table_RH.shape[1], num_tokens, row_stride, dtype=dtype)[:, :, :num_tokens]
+
+
+def _empty_table(grad_HNN: Tensor, window: Sequence[int], cls_token: bool, dtype: torch.dtype) -> Tensor:
+    return grad_HNN.new_empty(num_relative_positions((window[0], window[1]), cls_token), grad_HNN.shape[0], dtype=dtype)
+
+
+def _run_expand(table_RH: Tensor, window: Sequence[int], cls_token: bool, dtype: torch.dtype) -> Tensor:
+    from .table_kernels import launch_expand
+
+    bias_HNN = _empty_bias(table_RH, window, cls_token, dtype)
+    launch_expand(table_RH, bias_HNN, (window[0], window[1]), cls_token)
+    return bias_HNN
+
+
+def _run_scatter(grad_HNN: Tensor, window: Sequence[int], cls_token: bool, dtype: torch.dtype) -> Tensor:
+    from .table_kernels import launch_scatter
+
+    sums_RH = _empty_table(grad_HNN, window, cls_token, accumulate_dtype(grad_HNN.dtype))
+    launch_scatter(grad_HNN, sums_RH, (window[0], window[1]), cls_token)
+    return sums_RH.to(dtype)
+
+
+def _expand_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    table_RH, window, cls_token, _ = inputs
+    ctx.arguments = window, cls_token, table_RH.dtype
+
+
+def _expand_backward(ctx: Any, grad_HNN: Tensor) -> tuple[Tensor | None, ...]:
+    return _scatter_triton(grad_HNN, *ctx.arguments), None, None, None
+
+
+EXPAND = Operator(
+    "expand_table(Tensor table, int[] window, bool cls_token, ScalarType dtype, str impl) -> Tensor",
+    {Impl.REFERENCE: _expand_reference, Impl.TRITON: _expand_triton},
+)
+SCATTER = Operator(
+    "scatter_table(Tensor grad, int[] window, bool cls_token, ScalarType dtype, str impl) -> Tensor",
+    {Impl.REFERENCE: _scatter_reference, Impl.TRITON: _scatter_triton},
+)
+
+if not hasattr(torch.ops.fused_beit, "expand_table_triton"):  # once only, as in impl.py
+    for _name, _argument, _kernel, _fake in (
+        ("expand_table_triton", "table", _run_expand, _empty_bias),
+        ("scatter_table_triton", "grad", _run_scatter, _empty_table),
+    ):
+        _schema = f"(Tensor {_argument}, int[] window, bool cls_token, ScalarType dtype) -> Tensor"
+        torch.library.define(f"fused_beit::{_name}", _schema)
+        torch.library.impl(f"fused_beit::{_name}", ("cpu", "cuda"), _kernel)
+        torch.library.register_fake(f"fused_beit::{_name}", _fake)
+    torch.library.register_autograd("fused_beit::expand_table_triton", _expand_backward, setup_context=_expand_setup)
+
+
+def expand_table(
+    table: Tensor,
+    window: tuple[int, int],
+    cls_token: bool = True,
+    dtype: torch.dtype | None = None,
+    impl: str | Impl = AUTO,
+) -> Tensor:
+    """The dense bias of a table: table[relative_position_index(window, cls_token)], head first.
+
+    table: [R, H]     floating point
+    dtype: of the result, that of the table when None
+    ->     [H, N, N]  with strides (N*LD, LD, 1), LD being N rounded up so that every row starts at a multiple of 16
+                      bytes; what lies between the rows is zero
+
+    The gradient is summed in fp32 (float64 for float64), in a fixed order.
+    Raises ValueError or TypeError for wrong shapes or dtypes, ImplUnavailable for an `impl` that cannot run.
+    Source: Swin (arXiv:2103.14030) section 3.2, BEiT (arXiv:2106.08254).
+    """
+    name = "expand_table"
+    window = check_window(name, window)
+    check_shape(name, "table", table, num_relative_positions(window, cls_token), "H")
+    check_float(name, table=table)
+    dtype = table.dtype if dtype is None else dtype
+    if not dtype.is_floating_point:
+        raise TypeError(f"{name}: dtype must be a floating-point one, but is {dtype}")
+    resolved = EXPAND.resolve(impl, table.device.type)
+    return torch.ops.fused_beit.expand_table(table, window, cls_token, dtype, resolved.impl.value)
+
+
+def scatter_table(
+    grad: Tensor,
+    window: tuple[int, int],
+    cls_token: bool = True,
+    dtype: torch.dtype | None = None,
+    impl: str | Impl = AUTO,
+) -> Tensor:
+    """The gradient of a table from that of its dense bias: for each row, the sum over the pairs that use it.
+
+    grad:  [H, N, N]  floating point, of any strides
+    dtype: of the result, that of the gradient when None
+    ->     [R, H]     summed in fp32 (float64 for float64), in a fixed order
+
+    It has no gradient itself with impl="triton". Raises as `expand_table` does.
+    """
+    name = "scatter_table"
+    window = check_window(name, window)
+    num_tokens = _num_tokens(window, cls_token)
+    check_shape(name, "grad", grad, "H", num_tokens, num_tokens)
+    check_float(name, grad=grad)
+    dtype = grad.dtype if dtype is None else dtype
+    if not dtype.is_floating_point:
+        raise TypeError(f"{name}: dtype must be a floating-point one, but is {dtype}")
+    resolved = SCATTER.resolve(impl, grad.device.type)
+    return torch.ops.fused_beit.scatter_table(grad, window, cls_token, dtype, resolved.impl.value)
+
+
+class SharedBias(NamedTuple):
+    """A dense bias for all layers, and where they leave its gradient.
+
+    bias:     [H, N, N]  as `expand_table` gives it
+    gradient: [H, N, N]  fp32 (float64 for a float64 table), contiguous, zeros: the backward of each user adds to it
+    """
+
+    bias: Tensor
+    gradient: Tensor
+
+
+class _ExpandShared(torch.autograd.Function):
+    """expand_table, whose gradient is that of autograd, if any, plus what the users of the bias added to a buffer.
+
+    Autograd runs this backward after those of all users, even when none of them returns a gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        table_RH: Tensor,
+        gradient_HNN: Tensor,
+        window: tuple[int, int],
+        cls_token: bool,
+        dtype: torch.dtype | None,
+        impl: str | Impl,
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        # Not by save_for_backward, which would take the sums that arrive later for a mistake.
+        ctx.gradient_HNN = gradient_HNN
+        ctx.arguments = window, cls_token, table_RH.dtype, impl
+        return expand_table(table_RH, window, cls_token, dtype, impl)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_HNN: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradient_HNN = ctx.gradient_HNN
+        if grad_HNN is not None:
+            gradient_HNN.add_(grad_HNN)
+        grad_RH = scatter_table(gradient_HNN, *ctx.arguments)
+        gradient_HNN.zero_()  # a second backward over the same graph starts anew
+        return grad_RH, None, None, None, None, None
 
 
 class RelativePositionBias(nn.Module):
@@ -65,12 +293,15 @@ class RelativePositionBias(nn.Module):
     window:    (Wh, Ww), sides of the window in patches
     num_heads: H
     cls_token: whether token 0 is a CLS token, with rows of its own
+    impl:      of `expand_table` and `scatter_table`
 
-    Call it once for each set of weights: the blocks of BEiT's pre-training share one result, so that autograd sums
-    their gradients in one [H, N, N] tensor and reduces it to the table once.
+    Call it once for each set of weights: the blocks of BEiT's pre-training share one result, so that their gradients
+    are summed in one [H, N, N] tensor and reduced to the table once.
     """
 
-    def __init__(self, window: tuple[int, int], num_heads: int, cls_token: bool = True) -> None:
+    def __init__(
+        self, window: tuple[int, int], num_heads: int, cls_token: bool = True, *, impl: str | Impl = AUTO
+    ) -> None:
         super().__init__()
         if len(window) != 2 or min(window) < 1 or num_heads < 1:
             raise ValueError(
@@ -80,12 +311,36 @@ class RelativePositionBias(nn.Module):
         self.window = (int(window[0]), int(window[1]))
         self.num_heads = num_heads
         self.cls_token = cls_token
+        self.impl = impl
         num_rows = num_relative_positions(self.window, cls_token)
         self.relative_position_bias_table = nn.Parameter(torch.zeros(num_rows, num_heads))
 
-    def forward(self) -> Tensor:
-        """The dense bias [H, N, N], contiguous, in the dtype of the table."""
-        return expand_table(self.relative_position_bias_table, self.window, self.cls_token)
+    def forward(self, dtype: torch.dtype | None = None, gradient: Tensor | None = None) -> Tensor:
+        """The dense bias [H, N, N] in `dtype`, the table's when None; its rows are aligned as `expand_table` says.
+
+        gradient: that of a `SharedBias`; `shared` makes one
+        """
+        table_RH = self.relative_position_bias_table
+        if gradient is None:
+            return expand_table(table_RH, self.window, self.cls_token, dtype, self.impl)
+        return _ExpandShared.apply(table_RH, gradient, self.window, self.cls_token, dtype, self.impl)
+
+    def shared(self, dtype: torch.dtype | None = None) -> SharedBias:
+        """The dense bias for several layers that add its gradient to one buffer, and that buffer.
+
+        Make one for every forward. A layer either adds to `gradient` in its backward and returns no gradient for
+        `bias`, or lets autograd bring it; the table gets the sum of both, once, after the last layer.
+
+        Hand it to torch.utils.checkpoint whole, not as two arguments: that refuses to run again with an argument that
+        is a tensor and was written to since, as `gradient` is.
+        """
+        table = self.relative_position_bias_table
+        num_tokens = _num_tokens(self.window, self.cls_token)
+        # Only its dtype and device are read here: where a table is gathered for its module's call, it has no rows yet.
+        gradient = torch.zeros(
+            self.num_heads, num_tokens, num_tokens, dtype=accumulate_dtype(table.dtype), device=table.device
+        )
+        return SharedBias(self(dtype, gradient), gradient)
 
     def extra_repr(self) -> str:
         return f"window={self.window}, num_heads={self.num_heads}, cls_token={self.cls_token}"
