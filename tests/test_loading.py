@@ -2,6 +2,8 @@
 
 import importlib
 import os
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -236,6 +238,41 @@ def test_a_worker_that_dies_is_told_long_before_the_timeout(faulty: ModuleType) 
 
 def test_workers_leave_signals_to_the_training_process(faulty: ModuleType, expected: list[Batch]) -> None:
     assert_same(list(loader(part(40, faulty.Signalled), data=DATA.model_copy(update={"workers": 1}))), expected)
+
+
+KILLED_TRAINER = """
+import multiprocessing, os, signal
+from test_loading import DATA, loader, part
+batches = loader(part(40), data=DATA.model_copy(update={"workers": 2}), num_steps=100)
+next(batches)
+print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_end_when_the_training_process_is_killed() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED_TRAINER],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+    ) as trainer:
+        assert trainer.stdout is not None
+        workers = [int(pid) for pid in trainer.stdout.readline().split()]  # the end of it would come when they end
+    assert trainer.returncode == -signal.SIGKILL
+    assert len(workers) == 2
+    deadline = time.monotonic() + 20
+    while any(is_running(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [pid for pid in workers if is_running(pid)]
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process lives; one that has ended and waits to be reaped does not."""
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
 
 
 def test_real_photographs_are_read(photographs: Path) -> None:

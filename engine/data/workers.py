@@ -2,7 +2,9 @@
 
 import functools
 import multiprocessing
+import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from multiprocessing.context import BaseContext
@@ -89,9 +91,22 @@ def _settle_worker(_: int) -> None:
     does not answer, so it is delayed rather than ignored; a second one ends the worker at once.
     """
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end_later)
+
+
+def _end_with_parent() -> None:
+    """End this worker when the training process is gone, however it ended.
+
+    Torch's own check looks at the parent, which is the fork server, and a worker that hands over a batch waits for a
+    reader for ever.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _end_later(number: int, frame: FrameType | None) -> None:
