@@ -90,6 +90,22 @@ def test_held_out_figures_do_not_depend_on_the_number_of_ranks(runs):
     assert two["val_loss"] == pytest.approx(one["val_loss"], rel=1e-5)
 
 
+LONG_WORK_OF_RANK_0 = """
+import time
+from datetime import timedelta
+from fused_beit.engine.config import Settings
+from fused_beit.engine.training import zero
+zero.COLLECTIVE_TIMEOUT = timedelta(seconds=8)
+zero.start(Settings())
+assert zero.on_first_rank(lambda: time.sleep(12) or "done") == "done"
+zero.stop()
+"""
+
+
+def test_work_of_rank_0_may_take_longer_than_a_collective():
+    on_two_ranks([sys.executable, "-c", LONG_WORK_OF_RANK_0])
+
+
 def test_resume_with_another_number_of_ranks_is_refused_in_a_sentence(runs):
     from fused_beit.engine.errors import UserError
 

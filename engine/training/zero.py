@@ -1,5 +1,6 @@
 """DeepSpeed: process group, ZeRO engine, sharded checkpoints. The only module that imports deepspeed."""
 
+import functools
 import importlib
 import logging
 import os
@@ -34,8 +35,8 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 T = TypeVar("T")
 
-# Rank 0 may train a tokenizer while the others wait for it.
-COLLECTIVE_TIMEOUT = timedelta(hours=6)
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # after which a rank gives up on one that failed alone
+FIRST_RANK_TIMEOUT = timedelta(hours=6)  # while rank 0 trains a tokenizer, or checks the sums of large checkpoints
 
 # What DeepSpeed's own files hold besides tensors and plain values.
 DEEPSPEED_TYPES = [LossScaler, ZeroStageEnum, fragment_address]
@@ -98,6 +99,7 @@ def stop() -> None:
     """Leave the process group together; ranks that end one by one may abort at exit."""
     if dist.is_initialized():
         dist.barrier()
+        patient_group.cache_clear()
         dist.destroy_process_group()
 
 
@@ -115,17 +117,24 @@ def reduce_sum(values: Tensor) -> Tensor:
 def on_first_rank(action: Callable[[], T]) -> T:
     """Do something on rank 0 alone; its result, or its `UserError`, reaches every rank."""
     box: list[Any] = [None, None]
+    group = patient_group() if dist.get_world_size() > 1 else None
     if dist.get_rank() == 0:
         try:
             box[0] = action()
         except UserError as error:
             box[1] = str(error)
-    if dist.get_world_size() > 1:
-        dist.broadcast_object_list(box, src=0)
+    if group is not None:
+        torch.distributed.broadcast_object_list(box, src=0, group=group)
     if box[1] is not None:
         raise UserError(box[1])
     result: T = box[0]
     return result
+
+
+@functools.cache
+def patient_group() -> torch.distributed.ProcessGroup | None:
+    """All ranks, to wait in until rank 0 has done something long."""
+    return torch.distributed.new_group(timeout=FIRST_RANK_TIMEOUT)
 
 
 def from_all_ranks(value: Tensor) -> list[Tensor]:
