@@ -3,7 +3,18 @@
 from .impl import Impl, ImplUnavailable, Resolved, operators, resolve
 from .masked_tokens import embed_tokens, gather_masked
 from .nearest_code import NearestCode, nearest_code
-from .rel_pos_attention import RelativePositionBias, rel_pos_attention, relative_position_index
+from .rel_pos_attention import (
+    Plan,
+    RelativePositionBias,
+    SharedBias,
+    attention,
+    attention_plan,
+    expand_table,
+    interpolate_table,
+    rel_pos_attention,
+    relative_position_index,
+    scatter_table,
+)
 from .residual_norm import residual_add, residual_norm
 from .token_loss import TokenLoss, token_loss
 
@@ -11,11 +22,17 @@ __all__ = [
     "Impl",
     "ImplUnavailable",
     "NearestCode",
+    "Plan",
     "RelativePositionBias",
     "Resolved",
+    "SharedBias",
     "TokenLoss",
+    "attention",
+    "attention_plan",
     "embed_tokens",
+    "expand_table",
     "gather_masked",
+    "interpolate_table",
     "nearest_code",
     "operators",
     "rel_pos_attention",
@@ -23,5 +40,6 @@ __all__ = [
     "residual_add",
     "residual_norm",
     "resolve",
+    "scatter_table",
     "token_loss",
 ]

@@ -31,7 +31,7 @@ class Resolved(NamedTuple):
 
 
 class ImplUnavailable(RuntimeError):
-    """An implementation was asked for by name and this version does not have it for that operator."""
+    """An implementation was asked for by name that the operator does not have, or that cannot run here."""
 
 
 class Operator:
@@ -41,8 +41,10 @@ class Operator:
     composed of torch's operators, so autograd, autocast, fake tensors and torch.compile see through it.
 
     schema:          "name(Tensor x, ..., str impl) -> Tensor"
-    implementations: functions of the schema's arguments in order, less `impl`
+    implementations: functions of the schema's arguments in order, less `impl`; they raise ImplUnavailable themselves
+                     where they cannot run
     auto:            device type ("cpu", "cuda") -> what `auto` becomes there; the reference everywhere else
+    requirements:    functions of a device type: why an implementation cannot run on such devices here, or None
     """
 
     def __init__(
@@ -50,11 +52,13 @@ class Operator:
         schema: str,
         implementations: Mapping[Impl, Callable[..., Any]],
         auto: Mapping[str, Resolved] | None = None,
+        requirements: Mapping[Impl, Callable[[str], str | None]] | None = None,
     ) -> None:
         name = schema.partition("(")[0]
         self.name = name
         self.implementations = dict(implementations)
         self.auto = dict(auto or {})
+        self.requirements = dict(requirements or {})
         for resolved in self.auto.values():
             if resolved.impl not in self.implementations:
                 raise ValueError(f"{name}: auto names {resolved.impl!s}, which it does not have")
@@ -65,13 +69,14 @@ class Operator:
             torch.library.define(f"fused_beit::{name}", schema.removeprefix(name))
             torch.library.impl(f"fused_beit::{name}", "CompositeImplicitAutograd", self._run)
 
-    def resolve(self, request: str, device_type: str) -> Resolved:
+    def resolve(self, request: str, device_type: str | None) -> Resolved:
+        """What a request means, by name alone: whether it can run is asked where it does, or by `resolve` below."""
         if request == AUTO:
             if device_type in self.auto:
                 return self.auto[device_type]
             if len(self.implementations) == 1:
                 return Resolved(Impl.REFERENCE, "the only implementation in this version")
-            return Resolved(Impl.REFERENCE, f"nothing else was chosen for {device_type}")
+            return Resolved(Impl.REFERENCE, f"nothing else was chosen for {device_type or 'no device'}")
         for impl in self.implementations:
             if impl == request:
                 return Resolved(impl, "asked for")
@@ -95,11 +100,26 @@ def operators() -> tuple[str, ...]:
     return tuple(sorted(_OPERATORS))
 
 
-def resolve(operator: str, request: str | Impl, device: torch.device | str) -> Resolved:
+def resolve(operator: str, request: str | Impl, device: torch.device | str | None) -> Resolved:
     """What `impl=request` means for `operator` on `device`, and why.
 
-    Raises ImplUnavailable when an implementation asked for by name does not exist, ValueError for an unknown operator.
+    device: None asks only whether there is such an implementation, for code that does not know yet where it will run
+
+    Raises ImplUnavailable when an implementation asked for by name does not exist or cannot run on such a device here,
+    ValueError for an unknown operator.
     """
     if operator not in _OPERATORS:
         raise ValueError(f"unknown operator {operator!r}; expected one of {', '.join(operators())}")
-    return _OPERATORS[operator].resolve(request, torch.device(device).type)
+    found = _OPERATORS[operator]
+    device_type = None if device is None else torch.device(device).type
+    resolved = found.resolve(request, device_type)
+    requirement = found.requirements.get(resolved.impl)
+    why = None if requirement is None or device_type is None else requirement(device_type)
+    if why is not None:
+        raise ImplUnavailable(refusal(operator, resolved.impl, why))
+    return resolved
+
+
+def refusal(operator: str, impl: Impl, why: str) -> str:
+    """The sentence in which an implementation is refused."""
+    return f"{operator}: impl={impl.value!r} was asked for, but {why}"

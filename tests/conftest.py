@@ -21,11 +21,21 @@ def root() -> Path:
     return ROOT
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Run Triton kernels in its interpreter, before anything imports triton; not where the tests for a GPU are run."""
+    if config.option.markexpr != "gpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu` where there is none; keep the tests that start processes on one worker."""
-    no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU; torch finds none here")
+    no_gpu = None
+    if not torch.cuda.is_available():
+        no_gpu = pytest.mark.skip(reason="needs an NVIDIA GPU; torch finds none here")
+    elif os.environ.get("TRITON_INTERPRET") == "1":
+        no_gpu = pytest.mark.skip(reason="needs Triton compiled; run it by `make test-gpu`, without the interpreter")
     for item in items:
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and no_gpu:
             item.add_marker(no_gpu)
         if item.get_closest_marker("distributed"):
             item.add_marker(pytest.mark.xdist_group("distributed"))  # two at a time would starve each other

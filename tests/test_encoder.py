@@ -180,7 +180,7 @@ def test_pictures_of_an_unexpected_size_are_refused():
         Encoder(SHAPE, 16)(torch.zeros(2, 3, 20, 20))
 
 
-@pytest.mark.parametrize("impl", ["triton", "nonsense"])
+@pytest.mark.parametrize("impl", ["nonsense"])
 def test_an_implementation_that_does_not_exist_is_refused_when_the_model_is_built(impl):
     with pytest.raises(ImplUnavailable, match=impl):
         MaskedImageModel(SHAPE, 16, 9, normalize="inception", impl=impl)

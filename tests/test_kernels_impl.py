@@ -11,12 +11,15 @@ from fused_beit.kernels.impl import Operator, Resolved
 from fused_beit.kernels.testing import assert_no_worse_than_eager, assert_parity, rel_pos_attention_inputs
 
 OPERATORS = (
+    "attention",
     "embed_tokens",
+    "expand_table",
     "gather_masked",
     "nearest_code",
     "rel_pos_attention",
     "residual_add",
     "residual_norm",
+    "scatter_table",
     "token_loss",
 )
 
@@ -42,7 +45,7 @@ def test_auto_resolves_to_an_implementation_with_a_reason(name, device):
 def test_auto_attention_is_the_reference_but_sdpa_on_cuda():
     assert resolve("rel_pos_attention", "auto", "cpu").impl is Impl.REFERENCE
     assert resolve("rel_pos_attention", "auto", "cuda").impl is Impl.SDPA
-    assert "not measured yet" in resolve("rel_pos_attention", "auto", "cuda").reason
+    assert "was measured on a GPU yet" in resolve("rel_pos_attention", "auto", "cuda").reason
     assert resolve("rel_pos_attention", "auto", "xpu").impl is Impl.REFERENCE
 
 
@@ -52,8 +55,19 @@ def test_a_request_by_name_is_kept(request_):
 
 
 def test_a_missing_implementation_is_refused_with_what_there_is():
-    with pytest.raises(ImplUnavailable, match=r"rel_pos_attention: impl='triton'.*available: auto, reference, sdpa"):
-        resolve("rel_pos_attention", Impl.TRITON, "cpu")
+    with pytest.raises(ImplUnavailable, match=r"token_loss: impl='triton'.*available: auto, reference"):
+        resolve("token_loss", Impl.TRITON, "cpu")
+
+
+def test_an_implementation_that_cannot_run_here_is_refused_with_the_reason():
+    with pytest.raises(ImplUnavailable, match=r"rel_pos_attention: impl='xformers' was asked for, but xformers"):
+        resolve("rel_pos_attention", Impl.XFORMERS, "cpu")
+
+
+def test_without_a_device_only_the_name_is_asked():
+    assert resolve("rel_pos_attention", Impl.XFORMERS, None).impl is Impl.XFORMERS
+    with pytest.raises(ImplUnavailable, match="token_loss"):
+        resolve("token_loss", Impl.XFORMERS, None)
 
 
 def test_a_misspelt_implementation_is_refused_with_the_known_names():
@@ -64,8 +78,8 @@ def test_a_misspelt_implementation_is_refused_with_the_known_names():
 
 
 def test_an_unknown_operator_is_an_error_that_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"'attention'.*embed_tokens"):
-        resolve("attention", "auto", "cpu")
+    with pytest.raises(ValueError, match=r"'convolution'.*embed_tokens"):
+        resolve("convolution", "auto", "cpu")
 
 
 def test_auto_cannot_name_what_an_operator_does_not_have():

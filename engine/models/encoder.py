@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from fused_beit.kernels import (
     Impl,
     RelativePositionBias,
+    SharedBias,
     embed_tokens,
     gather_masked,
     rel_pos_attention,
@@ -25,12 +26,13 @@ from fused_beit.kernels import (
     residual_norm,
     resolve,
 )
+from fused_beit.kernels.precision import compute_dtype
 
 from ..config import ModelSettings
 
 NORM_EPS = 1e-6
 INIT_STD = 0.02
-ATTENTION_ONLY = {Impl.SDPA, Impl.XFORMERS, Impl.FLEX}
+ATTENTION_ONLY = {Impl.SDPA, Impl.XFORMERS, Impl.FLEX, Impl.TRITON}
 
 
 def init_normal_(tensor: Tensor) -> None:
@@ -39,7 +41,7 @@ def init_normal_(tensor: Tensor) -> None:
 
 
 def impl_besides_attention(impl: str) -> str:
-    """`impl` for the other operators: sdpa, xformers and flex are ways to compute attention and leave them at auto."""
+    """`impl` for the other operators: what only attention has leaves them at auto."""
     return "auto" if impl in ATTENTION_ONLY else impl
 
 
@@ -78,6 +80,11 @@ class QkvLinear(nn.Linear):
         return F.linear(input, self.weight, bias)
 
 
+def relative_position_bias(window: tuple[int, int], num_heads: int, impl: str) -> RelativePositionBias:
+    """A table for a picture's patches and CLS, with kernels of its own where attention has them."""
+    return RelativePositionBias(window, num_heads, impl=impl if impl in (Impl.REFERENCE, Impl.TRITON) else "auto")
+
+
 class Attention(nn.Module):
     """Multi-head self-attention whose scores get a bias shared by all pictures."""
 
@@ -92,16 +99,17 @@ class Attention(nn.Module):
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.register_buffer("k_bias", torch.zeros(width), persistent=False)
-        self.rel_pos_bias = None if window is None else RelativePositionBias(window, num_heads)
+        self.rel_pos_bias = None if window is None else relative_position_bias(window, num_heads, impl)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, h_BND: Tensor, bias_HNN: Tensor | None) -> Tensor:
+    def forward(self, h_BND: Tensor, shared: SharedBias | None) -> Tensor:
         """[B, N, D], bias [H, N, N] or None -> [B, N, D]."""
+        bias_HNN, gradient_HNN = shared or (None, None)
         if self.rel_pos_bias is not None:
-            bias_HNN = self.rel_pos_bias()
+            bias_HNN = self.rel_pos_bias(compute_dtype(h_BND))
         qkv = self.qkv(h_BND, torch.cat([self.q_bias, self.k_bias, self.v_bias]))
         qkv_BN3HK = qkv.unflatten(-1, (3, self.num_heads, -1))
-        return self.proj(rel_pos_attention(qkv_BN3HK, bias_HNN, impl=self.impl))
+        return self.proj(rel_pos_attention(qkv_BN3HK, bias_HNN, accumulate_into=gradient_HNN, impl=self.impl))
 
 
 class Mlp(nn.Module):
@@ -171,7 +179,7 @@ class Block(nn.Module):
         self,
         x_BND: Tensor,
         h_BND: Tensor,
-        bias_HNN: Tensor | None,
+        bias: SharedBias | None,
         keep_2B: Tensor | None,
         next_norm: nn.Module | None,
     ) -> tuple[Tensor, Tensor | None]:
@@ -181,7 +189,7 @@ class Block(nn.Module):
         next_norm: norm1 of the next block
         """
         keep_attn, keep_mlp = (None, None) if keep_2B is None else keep_2B.unbind(0)
-        x_BND, h_BND = self.norm2(x_BND, self.attn(h_BND, bias_HNN), self.gamma_1, keep_attn)
+        x_BND, h_BND = self.norm2(x_BND, self.attn(h_BND, bias), self.gamma_1, keep_attn)
         y_BND = self.mlp(h_BND)
         if next_norm is None:
             return residual_add(x_BND, y_BND, self.gamma_2, keep_mlp, impl=self.impl), None
@@ -211,8 +219,8 @@ class Encoder(nn.Module):
             )
         self.impl = impl_besides_attention(impl)
         for operator in ("embed_tokens", "residual_norm", "residual_add", "gather_masked"):
-            resolve(operator, self.impl, "cpu")  # a request by name is refused here, not in the first step
-        resolve("rel_pos_attention", impl, "cpu")
+            resolve(operator, self.impl, None)  # an unknown name is refused here, not in the first step
+        resolve("rel_pos_attention", impl, None)
         self.image_size = image_size
         self.grid = image_size // settings.patch_size
         window = (self.grid, self.grid)
@@ -226,7 +234,7 @@ class Encoder(nn.Module):
             self.pos_embed = nn.Parameter(torch.empty(1, self.grid**2 + 1, width))
         self.rel_pos_bias: RelativePositionBias | None = None
         if settings.rel_pos_bias == "shared":
-            self.rel_pos_bias = RelativePositionBias(window, settings.num_heads)
+            self.rel_pos_bias = relative_position_bias(window, settings.num_heads, impl)
         self.blocks = nn.ModuleList(Block(settings, own_window, impl, first=layer == 0) for layer in range(depth))
         self.norm = FinalNorm(width, self.impl)
         self.register_buffer("drop_path_rates", torch.linspace(0, settings.drop_path, depth), persistent=False)
@@ -268,13 +276,13 @@ class Encoder(nn.Module):
             masked_positions,
             impl=self.impl,
         )
-        bias_HNN = None if self.rel_pos_bias is None else self.rel_pos_bias()
+        bias = None if self.rel_pos_bias is None else self.rel_pos_bias.shared(compute_dtype(x_BND))
         norms = [block.get_submodule("norm1") for block in self.blocks]
         h_BND = norms[0](x_BND)
         for layer, block in enumerate(self.blocks):
             keep_2B = None if keep is None else keep[layer]
             next_norm = norms[layer + 1] if layer + 1 < len(norms) else None
-            x_BND, h_BND = block(x_BND, h_BND, bias_HNN, keep_2B, next_norm)
+            x_BND, h_BND = block(x_BND, h_BND, bias, keep_2B, next_norm)
         return x_BND
 
     def features(self, pixels: Tensor) -> Tensor:

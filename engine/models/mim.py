@@ -37,7 +37,7 @@ class TokenHead(nn.Linear):
 
     def __init__(self, width: int, vocab_size: int, impl: str) -> None:
         super().__init__(width, vocab_size)
-        resolve("token_loss", impl, "cpu")
+        resolve("token_loss", impl, None)
         self.impl = impl
         init_normal_(self.weight)
         nn.init.zeros_(self.bias)

@@ -3,8 +3,6 @@
 H heads, N tokens, P patches, R rows of the table; (Wh, Ww) the window, in patches.
 """
 
-import importlib.util
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from ..impl import AUTO, Impl, ImplUnavailable, Operator
+from .._triton.target import why_unavailable
+from ..impl import AUTO, Impl, ImplUnavailable, Operator, refusal
 from ..precision import accumulate_dtype
 from ..validation import check_float, check_shape
 
@@ -109,16 +108,10 @@ def _scatter_reference(grad_HNN: Tensor, window: Sequence[int], cls_token: bool,
 
 
 def _refuse_where_unavailable(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    why = None
-    if importlib.util.find_spec("triton") is None:
-        why = "triton is not installed"
-    elif os.environ.get("TRITON_INTERPRET") == "1":
-        if torch.bfloat16 in (tensor.dtype, dtype):
-            why = "Triton's interpreter computes bfloat16 wrongly; use float32 or float16 there"
-    elif tensor.device.type != "cuda":
-        why = f"Triton needs a GPU, but the tensors are on {tensor.device.type}"
+    device_type = tensor.device.type
+    why = why_unavailable(device_type, tensor.dtype) or why_unavailable(device_type, dtype)
     if why is not None:
-        raise ImplUnavailable(f"{name}: impl='triton' was asked for, but {why}")
+        raise ImplUnavailable(refusal(name, Impl.TRITON, why))
 
 
 def _expand_triton(table_RH: Tensor, window: Sequence[int], cls_token: bool, dtype: torch.dtype) -> Tensor:
@@ -169,10 +162,12 @@ def _expand_backward(ctx: Any, grad_HNN: Tensor) -> tuple[Tensor | None, ...]:
 EXPAND = Operator(
     "expand_table(Tensor table, int[] window, bool cls_token, ScalarType dtype, str impl) -> Tensor",
     {Impl.REFERENCE: _expand_reference, Impl.TRITON: _expand_triton},
+    requirements={Impl.TRITON: why_unavailable},
 )
 SCATTER = Operator(
     "scatter_table(Tensor grad, int[] window, bool cls_token, ScalarType dtype, str impl) -> Tensor",
     {Impl.REFERENCE: _scatter_reference, Impl.TRITON: _scatter_triton},
+    requirements={Impl.TRITON: why_unavailable},
 )
 
 if not hasattr(torch.ops.fused_beit, "expand_table_triton"):  # once only, as in impl.py

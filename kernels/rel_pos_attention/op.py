@@ -1,45 +1,225 @@
-"""The public operator: attention with a bias that all pictures share."""
+"""The public operators: attention with a bias that all pictures share, and with masks of their own besides."""
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._triton.target import why_unavailable
 from ..impl import AUTO, Impl, Operator, Resolved
+from ..precision import accumulate_dtype, compute_dtype
 from ..validation import check_float, check_same_device, check_shape
-from .reference import rel_pos_attention_reference
-from .sdpa import rel_pos_attention_sdpa
+from .flex import attention_flex, why_no_flex
+from .reference import attention_reference
+from .sdpa import attention_sdpa
+from .triton_ops import attention_triton, rel_pos_attention_triton
+from .xformers import attention_xformers, why_no_xformers
 
-OPERATOR = Operator(
-    "rel_pos_attention(Tensor qkv, Tensor? bias, float scale, str impl) -> Tensor",
-    {Impl.REFERENCE: rel_pos_attention_reference, Impl.SDPA: rel_pos_attention_sdpa},
-    auto={
-        "cpu": Resolved(
-            Impl.REFERENCE, "measured faster than sdpa on a CPU: fp32 and bf16, forward and backward, N=197 and N=65"
-        ),
-        "cuda": Resolved(Impl.SDPA, "avoids a materialised [B,H,N,N] score tensor; not measured yet"),
-    },
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float, bool], Tensor]
+
+
+class _GradientInto(torch.autograd.Function):
+    """The bias, unchanged. Its gradient is added to a tensor, and autograd gets none."""
+
+    @staticmethod
+    def forward(ctx: Any, bias: Tensor, accumulate_into: Tensor) -> Tensor:
+        ctx.accumulate_into = accumulate_into
+        return bias.view_as(bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_bias: Tensor) -> tuple[None, None]:
+        ctx.accumulate_into.add_(grad_bias)
+        return None, None
+
+
+def _separate(attend: Attend) -> Callable[..., Tensor]:
+    """`attend`, in the dtype that autocast asks for, with its bias gradient where `accumulate_into` says."""
+
+    def run(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        accumulate_into: Tensor | None,
+        scale: float,
+        deterministic: bool,
+    ) -> Tensor:
+        dtype = compute_dtype(q)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        mask = None if mask is None else mask.to(dtype)
+        if bias is not None and accumulate_into is not None:
+            bias = _GradientInto.apply(bias, accumulate_into)
+        with torch.autocast(q.device.type, enabled=False):
+            return attend(q, k, v, bias, mask, scale, deterministic)
+
+    return run
+
+
+def _packed(attend: Attend) -> Callable[..., Tensor]:
+    """The same on qkv [B, N, 3, H, D], with the heads side by side in the result."""
+    separate = _separate(attend)
+
+    def run(qkv: Tensor, *others: Any) -> Tensor:
+        q, k, v = qkv.to(compute_dtype(qkv)).permute(2, 0, 3, 1, 4).unbind(0)
+        return separate(q, k, v, *others).transpose(1, 2).flatten(2)
+
+    return run
+
+
+COMPOSED: dict[Impl, Attend] = {
+    Impl.REFERENCE: attention_reference,
+    Impl.SDPA: attention_sdpa,
+    Impl.XFORMERS: attention_xformers,
+    Impl.FLEX: attention_flex,
+}
+ON_CPU = Resolved(
+    Impl.REFERENCE, "measured faster than sdpa on a CPU: fp32 and bf16, forward and backward, N=197 and N=65"
+)
+ON_CUDA = Resolved(
+    Impl.SDPA, "avoids a materialised [B,H,N,N] score tensor; neither it nor triton was measured on a GPU yet"
+)
+AUTOMATIC = {"cpu": ON_CPU, "cuda": ON_CUDA}
+REQUIREMENTS = {Impl.TRITON: why_unavailable, Impl.XFORMERS: why_no_xformers, Impl.FLEX: why_no_flex}
+OTHERS = "Tensor? bias, Tensor? mask, Tensor? accumulate_into, float scale, bool deterministic, str impl"
+
+PACKED = Operator(
+    f"rel_pos_attention(Tensor qkv, {OTHERS}) -> Tensor",
+    {impl: _packed(attend) for impl, attend in COMPOSED.items()} | {Impl.TRITON: rel_pos_attention_triton},
+    AUTOMATIC,
+    REQUIREMENTS,
+)
+SEPARATE = Operator(
+    f"attention(Tensor q, Tensor k, Tensor v, {OTHERS}) -> Tensor",
+    {impl: _separate(attend) for impl, attend in COMPOSED.items()} | {Impl.TRITON: attention_triton},
+    AUTOMATIC,
+    REQUIREMENTS,
 )
 
 
 def rel_pos_attention(
-    qkv: Tensor, bias: Tensor | None, *, scale: float | None = None, impl: str | Impl = AUTO
+    qkv: Tensor,
+    bias: Tensor | None,
+    *,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    deterministic: bool = True,
+    accumulate_into: Tensor | None = None,
+    impl: str | Impl = AUTO,
 ) -> Tensor:
-    """Multi-head attention with an additive bias on the scores: softmax(scale * q k^T + bias) v.
+    """Multi-head attention with an additive bias on the scores: softmax(scale * q k^T + bias + mask) v.
 
     qkv:   [B, N, 3, H, D]  floating point; query, key and value of every token, as the qkv linear makes them
-    bias:  [H, N, N]        floating point, any dtype; added to the scores of every picture (rows: queries); or None
-    scale: factor on q k^T, 1/sqrt(D) when None. It does not apply to the bias.
+    bias:  [H, N, N]        floating point, any dtype, finite; added to the scores of every picture (rows: queries)
+    mask:  [N, N], [W, N, N] or [W, 1, N]  added besides, or bool with True for keys that count; picture b uses
+                            mask[b % W], so W is 1, the windows of a picture (Swin), or B. It gets no gradient. A query
+                            whose keys are all masked gives zeros.
+    scale: factor on q k^T, 1/sqrt(D) when None. It applies neither to the bias nor to the mask.
+    deterministic: sum the gradient of the bias over the pictures in a fixed order, so that it is the same bits in every
+                   run; False lets an implementation be faster
+    accumulate_into: [H, N, N] fp32 (float64 for float64), contiguous: the gradient of the bias is added to it, and
+                     autograd gets none. For a bias that many layers share, see RelativePositionBias.shared.
     ->     [B, N, H*D]      in the dtype of qkv; under autocast in autocast's dtype
 
     Half-precision inputs: the bias is used in the dtype of qkv, the softmax sums in fp32. There is no dropout.
-    Raises ValueError or TypeError for wrong shapes, devices or dtypes, ImplUnavailable for an `impl` it does not have.
+    Raises ValueError or TypeError for wrong shapes, devices or dtypes, ImplUnavailable for an `impl` that is not there
+    or cannot run here, RuntimeError for deterministic=False under torch.use_deterministic_algorithms.
     Source: BEiT (arXiv:2106.08254) section 2.2 with the relative position bias of Swin (arXiv:2103.14030) equation 4.
     """
-    check_shape("rel_pos_attention", "qkv", qkv, "B", "N", 3, "H", "D")
-    check_float("rel_pos_attention", qkv=qkv, bias=bias)
+    name = "rel_pos_attention"
+    check_shape(name, "qkv", qkv, "B", "N", 3, "H", "D")
+    check_float(name, qkv=qkv)
+    batch, num_tokens, _, num_heads, head_dim = qkv.shape
+    mask = _checked(name, "qkv", qkv, batch, num_heads, num_tokens, bias, mask, accumulate_into, deterministic)
+    scale = head_dim**-0.5 if scale is None else scale
+    resolved = PACKED.resolve(impl, qkv.device.type)
+    return torch.ops.fused_beit.rel_pos_attention(
+        qkv, bias, mask, accumulate_into, scale, deterministic, resolved.impl.value
+    )
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    scale: float | None = None,
+    deterministic: bool = True,
+    accumulate_into: Tensor | None = None,
+    impl: str | Impl = AUTO,
+) -> Tensor:
+    """The same for query, key and value apart, as other models have them: softmax(scale * q k^T + bias + mask) v.
+
+    q, k, v: [B, H, N, D]  floating point, of one dtype and shape, of any strides (for triton the last one is 1)
+    ->       [B, H, N, D]  in their dtype; with the heads of a token side by side in memory where impl is triton, so
+                           that .transpose(1, 2).flatten(2) copies nothing
+
+    All else as for rel_pos_attention.
+    """
+    name = "attention"
+    check_shape(name, "q", q, "B", "H", "N", "D")
+    check_shape(name, "k", k, *q.shape)
+    check_shape(name, "v", v, *q.shape)
+    check_float(name, q=q, k=k, v=v)
+    check_same_device(name, "q", q, k=k, v=v)
+    if not q.dtype == k.dtype == v.dtype:
+        raise TypeError(f"{name}: q, k and v must have one dtype, but have {q.dtype}, {k.dtype} and {v.dtype}")
+    batch, num_heads, num_tokens, head_dim = q.shape
+    mask = _checked(name, "q", q, batch, num_heads, num_tokens, bias, mask, accumulate_into, deterministic)
+    scale = head_dim**-0.5 if scale is None else scale
+    resolved = SEPARATE.resolve(impl, q.device.type)
+    return torch.ops.fused_beit.attention(
+        q, k, v, bias, mask, accumulate_into, scale, deterministic, resolved.impl.value
+    )
+
+
+def _checked(
+    name: str,
+    first_name: str,
+    first: Tensor,
+    batch: int,
+    num_heads: int,
+    num_tokens: int,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    accumulate_into: Tensor | None,
+    deterministic: bool,
+) -> Tensor | None:
+    """Check what both operators take besides q, k, v. -> the mask as numbers to add, [W, 1 or N, N]."""
+    check_float(name, bias=bias)
+    check_same_device(name, first_name, first, bias=bias, mask=mask, accumulate_into=accumulate_into)
     if bias is not None:
-        check_shape("rel_pos_attention", "bias", bias, qkv.shape[3], qkv.shape[1], qkv.shape[1])
-        check_same_device("rel_pos_attention", "qkv", qkv, bias=bias)
-    if scale is None:
-        scale = qkv.shape[4] ** -0.5
-    resolved = OPERATOR.resolve(impl, qkv.device.type)
-    return torch.ops.fused_beit.rel_pos_attention(qkv, bias, scale, resolved.impl.value)
+        check_shape(name, "bias", bias, num_heads, num_tokens, num_tokens)
+    if accumulate_into is not None:
+        check_shape(name, "accumulate_into", accumulate_into, num_heads, num_tokens, num_tokens)
+        wanted = accumulate_dtype(first.dtype)
+        if bias is None or accumulate_into.dtype != wanted or not accumulate_into.is_contiguous():
+            raise ValueError(
+                f"{name}: accumulate_into must be contiguous, {wanted}, and come with a bias, but it is "
+                f"{accumulate_into.dtype} with strides {tuple(accumulate_into.stride())}, and bias is "
+                f"{'None' if bias is None else 'given'}"
+            )
+    if not deterministic and torch.are_deterministic_algorithms_enabled():
+        raise RuntimeError(
+            f"{name}: deterministic=False was asked for, but torch.use_deterministic_algorithms is on; "
+            f"leave deterministic=True"
+        )
+    if mask is None:
+        return None
+    if mask.dim() == 2:
+        mask = mask[None]
+    fits = mask.dim() == 3 and mask.shape[1] in (1, num_tokens) and mask.shape[2] == num_tokens
+    if not fits or not mask.shape[0] or batch % mask.shape[0]:
+        raise ValueError(
+            f"{name}: mask must have shape [{num_tokens}, {num_tokens}], [W, {num_tokens}, {num_tokens}] or "
+            f"[W, 1, {num_tokens}] with W a divisor of {batch}, but has {list(mask.shape)}"
+        )
+    if mask.requires_grad:
+        raise ValueError(f"{name}: mask gets no gradient, but requires one; what is learned belongs into bias")
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=first.dtype).masked_fill(~mask, float("-inf"))
+    check_float(name, mask=mask)
+    return mask

@@ -1,23 +1,35 @@
 """Attention with a shared additive bias through torch's scaled_dot_product_attention."""
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..precision import compute_dtype
 
+def attention_sdpa(
+    q_BHND: Tensor,
+    k_BHND: Tensor,
+    v_BHND: Tensor,
+    bias_HNN: Tensor | None,
+    mask_WNN: Tensor | None,
+    scale: float,
+    deterministic: bool,
+) -> Tensor:
+    """softmax(scale * q k^T + bias + mask) v with bias and mask as `attn_mask`; exact, the bias gradient included.
 
-def rel_pos_attention_sdpa(qkv_BNTHD: Tensor, bias_HNN: Tensor | None, scale: float) -> Tensor:
-    """softmax(scale * q k^T + bias) v with the bias as `attn_mask`; exact, the bias gradient included.
-
-    The bias is cast to the dtype of qkv, as torch requires. Torch has a fused kernel with a gradient for `attn_mask`
+    The bias is cast to the dtype of q, as torch requires. Torch has a fused kernel with a gradient for `attn_mask`
     only on CUDA (its memory-efficient one): the forward then holds no [B,H,N,N] tensor, but the backward writes the
     gradient of the bias as [B,H,N,N] and sums it over B afterwards. Anywhere else a bias that needs a gradient makes
-    torch take its plain path, which holds scores and probabilities as [B,H,N,N] in both directions.
+    torch take its plain path, which holds scores and probabilities as [B,H,N,N] in both directions. With bias and mask
+    both, their sum is [B,H,N,N].
     """
-    qkv_BNTHD = qkv_BNTHD.to(compute_dtype(qkv_BNTHD))
-    with torch.autocast(qkv_BNTHD.device.type, enabled=False):
-        q_BHND, k_BHND, v_BHND = qkv_BNTHD.permute(2, 0, 3, 1, 4).unbind(0)
-        mask_1HNN = None if bias_HNN is None else bias_HNN.to(qkv_BNTHD.dtype)[None]
-        out_BHND = F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, attn_mask=mask_1HNN, scale=scale)
-        return out_BHND.transpose(1, 2).flatten(2)
+    added = dense_bias(bias_HNN, mask_WNN, q_BHND)
+    return F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, attn_mask=added, scale=scale)
+
+
+def dense_bias(bias_HNN: Tensor | None, mask_WNN: Tensor | None, q_BHND: Tensor) -> Tensor | None:
+    """Bias and mask in one tensor that broadcasts to [B, H, N, N], in the dtype of q; None where there is neither."""
+    bias_1HNN = None if bias_HNN is None else bias_HNN.to(q_BHND.dtype)[None]
+    if mask_WNN is None:
+        return bias_1HNN
+    batch, _, num_tokens, _ = q_BHND.shape
+    mask_B1NN = mask_WNN.expand(-1, num_tokens, -1).repeat(batch // mask_WNN.shape[0], 1, 1)[:, None]
+    return mask_B1NN if bias_1HNN is None else bias_1HNN + mask_B1NN

@@ -1,0 +1,55 @@
+"""Where a Triton kernel would run, and whether it can. Importing this imports no triton."""
+
+import functools
+import importlib.util
+
+import torch
+
+INTERPRETER = "interpreter"
+
+pretended: str | None = None
+"""The architecture that is compiled for ahead of time, if any."""
+
+
+@functools.cache
+def installed() -> bool:
+    """Whether triton can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def interpreted() -> bool:
+    """Whether Triton's interpreter stands in for a GPU: TRITON_INTERPRET=1 before anything asked."""
+    import triton
+
+    return triton.knobs.runtime.interpret
+
+
+def why_unavailable(device_type: str, dtype: torch.dtype | None = None) -> str | None:
+    """Why no Triton kernel can run on tensors of this device type and dtype; None when one can."""
+    if not installed():
+        return "triton is not installed"
+    if interpreted():
+        if dtype is torch.bfloat16:
+            return "Triton's interpreter computes bfloat16 wrongly; use float32 or float16 there"
+        return None
+    if device_type != "cuda":
+        return f"Triton needs a GPU, but the tensors are on {device_type}; TRITON_INTERPRET=1 runs it slowly anywhere"
+    if dtype is torch.float64:
+        return "the kernels are made for float32, float16 and bfloat16; float64 is for Triton's interpreter"
+    return None
+
+
+def arch_of(device: torch.device) -> str:
+    """Architecture of a GPU, "sm_90" or "gfx942"; "interpreter" where that stands in for one."""
+    if pretended or interpreted():
+        return pretended or INTERPRETER
+    return _arch_of_gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _arch_of_gpu(index: int) -> str:
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(index).gcnArchName.partition(":")[0]
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"sm_{major}{minor}"

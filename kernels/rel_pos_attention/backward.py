@@ -1,0 +1,426 @@
+"""Backward kernels: gradients of q, k, v and of the bias that all pictures share.
+
+In torch, for one picture and head, with probabilities p = exp(scores - lse) rebuilt from the forward's `lse`:
+
+    delta = (grad_out * out).sum(-1)
+    grad_v = p.T @ grad_out
+    grad_scores = p * (grad_out @ v.T - delta[:, None])
+    grad_q = scale * grad_scores @ k
+    grad_k = scale * grad_scores.T @ q
+    grad_bias = grad_scores.sum(pictures)                 # without the scale, which the bias does not get
+
+`attention_bwd_fused_kernel` makes all of it from five products, for so few tokens that grad_q of a picture's head fits
+the registers. Beyond that `attention_bwd_q_kernel` and `attention_bwd_kv_kernel` share the work with seven.
+
+grad_scores leave a kernel in one of two ways, by BIAS_GRAD:
+
+    STORE   to memory, for as many pictures as the launcher gives room, and `bias_grad_sum_kernel` sums them in order
+    ADD     by atomics into one fp32 [H, N, N], in no fixed order
+"""
+
+# mypy: disable-error-code=no-untyped-def
+
+import triton
+import triton.language as tl
+
+from .._triton.tiles import add_tile, load_tile, store_tile
+from .scores import exp_difference, tile_scores, tile_scores_transposed
+
+NONE = tl.constexpr(0)
+STORE = tl.constexpr(1)
+ADD = tl.constexpr(2)
+
+
+@triton.jit
+def attention_bwd_q_kernel(
+    q,  # [B, H, N, D]; a descriptor under TMA, else a pointer, like the ten below
+    k,
+    v,
+    k_tail,
+    v_tail,
+    bias,  # [1, H, N, N]
+    bias_tail,
+    out,  # [B, H, N, D]
+    grad_out,
+    grad_q,
+    mask_ptr,  # [W, 1, N, N]
+    lse_ptr,  # [B, H, N], contiguous, like delta; fp32, but float64 for fp32 inputs
+    delta_ptr,
+    q_strides,
+    k_strides,
+    v_strides,
+    bias_strides,
+    out_strides,
+    grad_out_strides,
+    grad_q_strides,
+    mask_strides,
+    scale,
+    num_heads,
+    num_masks,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TAIL_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    WANT_QKV: tl.constexpr,
+    TMA: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program for BLOCK_M queries of one head of one picture: delta, and grad_q where it is wanted."""
+    NUM_BLOCKS_M: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
+    MAIN_N: tl.constexpr = N // BLOCK_N * BLOCK_N
+    picture_head = tl.program_id(0) // NUM_BLOCKS_M
+    start_m = tl.program_id(0) % NUM_BLOCKS_M * BLOCK_M
+    b = picture_head // num_heads
+    h = picture_head % num_heads
+    w = b % num_masks
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    rows = picture_head.to(tl.int64) * N + offs_m
+
+    grad_tile = load_tile(grad_out, grad_out_strides, b, h, start_m, 0, N, D, BLOCK_M, BLOCK_D, TMA)
+    out_tile = load_tile(out, out_strides, b, h, start_m, 0, N, D, BLOCK_M, BLOCK_D, TMA)
+    delta = tl.sum(out_tile.to(ACC) * grad_tile.to(ACC), 1)
+    tl.store(delta_ptr + rows, delta, mask=offs_m < N)
+    if WANT_QKV:
+        q_tile = load_tile(q, q_strides, b, h, start_m, 0, N, D, BLOCK_M, BLOCK_D, TMA)
+        lse = tl.load(lse_ptr + rows, mask=offs_m < N, other=float("inf"))
+        acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
+        for start_n in tl.range(0, MAIN_N, BLOCK_N):
+            k_tile = load_tile(k, k_strides, b, h, start_n, 0, N, D, BLOCK_N, BLOCK_D, TMA, INSIDE=True)
+            v_tile = load_tile(v, v_strides, b, h, start_n, 0, N, D, BLOCK_N, BLOCK_D, TMA, INSIDE=True)
+            scores = tile_scores(
+                q_tile, k_tile, bias, bias_strides, mask_ptr, mask_strides, scale, h, w, start_m, start_n,
+                N, BLOCK_M, BLOCK_N, HAS_BIAS, HAS_MASK, False, TMA, ACC, PRECISION,
+            )  # fmt: skip
+            acc = _add_grad_q(acc, scores, k_tile, v_tile, grad_tile, lse, delta, ACC, PRECISION)
+        if TAIL_N:
+            k_tile = load_tile(k_tail, k_strides, b, h, MAIN_N, 0, N, D, TAIL_N, BLOCK_D, TMA)
+            v_tile = load_tile(v_tail, v_strides, b, h, MAIN_N, 0, N, D, TAIL_N, BLOCK_D, TMA)
+            scores = tile_scores(
+                q_tile, k_tile, bias_tail, bias_strides, mask_ptr, mask_strides, scale, h, w, start_m, MAIN_N,
+                N, BLOCK_M, TAIL_N, HAS_BIAS, HAS_MASK, True, TMA, ACC, PRECISION,
+            )  # fmt: skip
+            acc = _add_grad_q(acc, scores, k_tile, v_tile, grad_tile, lse, delta, ACC, PRECISION)
+        store_tile(grad_q, grad_q_strides, b, h, start_m, 0, acc * scale, N, D, BLOCK_M, BLOCK_D, TMA)
+
+
+@triton.jit
+def _add_grad_q(acc, scores, k_tile, v_tile, grad_tile, lse, delta, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    weights = exp_difference(scores, lse[:, None], k_tile.dtype)
+    grad_weights = tl.dot(grad_tile, tl.trans(v_tile), input_precision=PRECISION, out_dtype=ACC)
+    grad_scores = (weights * (grad_weights - delta[:, None])).to(k_tile.dtype)
+    return tl.dot(grad_scores, k_tile, acc, input_precision=PRECISION, out_dtype=ACC)
+
+
+@triton.jit
+def attention_bwd_kv_kernel(
+    q,  # [B, H, N, D]; a descriptor under TMA, else a pointer, like the eleven below
+    k,
+    v,
+    q_tail,
+    bias,  # [1, H, N, N]
+    bias_tail,
+    grad_out,
+    grad_out_tail,
+    grad_k,
+    grad_v,
+    grad_scores,  # [C, H, N, N], keys as rows; C: pictures of this launch for STORE, 1 for ADD (always a pointer)
+    grad_scores_tail,
+    mask_ptr,  # [W, 1, N, N]
+    lse_ptr,  # [B, H, N], contiguous, like delta; fp32, but float64 for fp32 inputs
+    delta_ptr,
+    q_strides,
+    k_strides,
+    v_strides,
+    bias_strides,
+    grad_out_strides,
+    grad_k_strides,
+    grad_v_strides,
+    grad_scores_strides,
+    mask_strides,
+    scale,
+    first_picture,
+    num_heads,
+    num_masks,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TAIL_M: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    WANT_QKV: tl.constexpr,
+    BIAS_GRAD: tl.constexpr,
+    TMA: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program for BLOCK_N keys of one head of one picture: grad_k, grad_v and its share of grad_bias."""
+    NUM_BLOCKS_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    MAIN_M: tl.constexpr = N // BLOCK_M * BLOCK_M
+    slot = tl.program_id(0) // NUM_BLOCKS_N // num_heads
+    h = tl.program_id(0) // NUM_BLOCKS_N % num_heads
+    start_n = tl.program_id(0) % NUM_BLOCKS_N * BLOCK_N
+    b = first_picture + slot
+    w = b % num_masks
+
+    k_tile = load_tile(k, k_strides, b, h, start_n, 0, N, D, BLOCK_N, BLOCK_D, TMA)
+    v_tile = load_tile(v, v_strides, b, h, start_n, 0, N, D, BLOCK_N, BLOCK_D, TMA)
+    acc_k = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+    acc_v = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+    for start_m in tl.range(0, MAIN_M, BLOCK_M):
+        q_tile = load_tile(q, q_strides, b, h, start_m, 0, N, D, BLOCK_M, BLOCK_D, TMA, INSIDE=True)
+        grad_tile = load_tile(grad_out, grad_out_strides, b, h, start_m, 0, N, D, BLOCK_M, BLOCK_D, TMA, INSIDE=True)
+        scores = tile_scores_transposed(
+            q_tile, k_tile, bias, bias_strides, mask_ptr, mask_strides, scale, h, w, start_m, start_n,
+            N, BLOCK_M, BLOCK_N, HAS_BIAS, HAS_MASK, N % BLOCK_N != 0, TMA, ACC, PRECISION,
+        )  # fmt: skip
+        lse, delta = _load_rows(lse_ptr, delta_ptr, b * num_heads + h, start_m, N, BLOCK_M)
+        grad_tile_s, acc_k, acc_v = _add_grad_kv(
+            acc_k, acc_v, scores, q_tile, v_tile, grad_tile, lse, delta, WANT_QKV, ACC, PRECISION
+        )
+        _give_grad_scores(
+            grad_scores,
+            grad_scores_strides,
+            slot,
+            h,
+            start_n,
+            start_m,
+            grad_tile_s,
+            N,
+            BLOCK_N,
+            BLOCK_M,
+            BIAS_GRAD,
+            TMA,
+        )
+    if TAIL_M:
+        q_tile = load_tile(q_tail, q_strides, b, h, MAIN_M, 0, N, D, TAIL_M, BLOCK_D, TMA)
+        grad_tile = load_tile(grad_out_tail, grad_out_strides, b, h, MAIN_M, 0, N, D, TAIL_M, BLOCK_D, TMA)
+        scores = tile_scores_transposed(
+            q_tile, k_tile, bias_tail, bias_strides, mask_ptr, mask_strides, scale, h, w, MAIN_M, start_n,
+            N, TAIL_M, BLOCK_N, HAS_BIAS, HAS_MASK, N % BLOCK_N != 0, TMA, ACC, PRECISION,
+        )  # fmt: skip
+        lse, delta = _load_rows(lse_ptr, delta_ptr, b * num_heads + h, MAIN_M, N, TAIL_M)
+        grad_tile_s, acc_k, acc_v = _add_grad_kv(
+            acc_k, acc_v, scores, q_tile, v_tile, grad_tile, lse, delta, WANT_QKV, ACC, PRECISION
+        )
+        _give_grad_scores(
+            grad_scores_tail, grad_scores_strides, slot, h, start_n, MAIN_M, grad_tile_s,
+            N, BLOCK_N, TAIL_M, BIAS_GRAD, TMA,
+        )  # fmt: skip
+    if WANT_QKV:
+        store_tile(grad_k, grad_k_strides, b, h, start_n, 0, acc_k * scale, N, D, BLOCK_N, BLOCK_D, TMA)
+        store_tile(grad_v, grad_v_strides, b, h, start_n, 0, acc_v, N, D, BLOCK_N, BLOCK_D, TMA)
+
+
+@triton.jit
+def _load_rows(lse_ptr, delta_ptr, picture_head, start_m, N: tl.constexpr, ROWS: tl.constexpr):
+    """lse and delta of ROWS queries. Past the last query lse is +inf, so that probabilities there are 0."""
+    offs_m = start_m + tl.arange(0, ROWS)
+    rows = tl.cast(picture_head, tl.int64) * N + offs_m
+    lse = tl.load(lse_ptr + rows, mask=offs_m < N, other=float("inf"))
+    return lse, tl.load(delta_ptr + rows, mask=offs_m < N, other=0.0)
+
+
+@triton.jit
+def _add_grad_kv(
+    acc_k, acc_v, scores, q_tile, v_tile, grad_tile, lse, delta,
+    WANT_QKV: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """-> grad_scores of the tile, keys as rows, and the two sums with its share."""
+    weights = exp_difference(scores, lse[None, :], v_tile.dtype)
+    if WANT_QKV:
+        acc_v = tl.dot(weights.to(grad_tile.dtype), grad_tile, acc_v, input_precision=PRECISION, out_dtype=ACC)
+    grad_weights = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION, out_dtype=ACC)
+    grad_scores = weights * (grad_weights - delta[None, :])
+    if WANT_QKV:
+        acc_k = tl.dot(grad_scores.to(q_tile.dtype), q_tile, acc_k, input_precision=PRECISION, out_dtype=ACC)
+    return grad_scores, acc_k, acc_v
+
+
+@triton.jit
+def _give_grad_scores(
+    grad_scores, strides, slot, h, start_n, start_m, tile,
+    N: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BIAS_GRAD: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    if BIAS_GRAD == STORE:
+        store_tile(grad_scores, strides, slot, h, start_n, start_m, tile, N, N, ROWS, COLS, TMA)
+    if BIAS_GRAD == ADD:
+        add_tile(grad_scores, strides, 0, h, start_n, start_m, tile, N, N, ROWS, COLS)
+
+
+@triton.jit
+def attention_bwd_fused_kernel(
+    q,  # [B, H, N, D]; a descriptor under TMA, else a pointer, like the seventeen below
+    k,
+    v,
+    q_tail,
+    bias,  # [1, H, N, N]
+    bias_tail,
+    out,
+    out_tail,
+    grad_out,
+    grad_out_tail,
+    grad_q,
+    grad_q_tail,
+    grad_k,
+    grad_v,
+    grad_scores,  # [C, H, N, N], keys as rows; C: pictures of this launch for STORE, 1 for ADD (always a pointer)
+    grad_scores_tail,
+    mask_ptr,  # [W, 1, N, N]
+    lse_ptr,  # [B, H, N], contiguous, like delta; fp32, but float64 for fp32 inputs
+    delta_ptr,
+    q_strides,
+    k_strides,
+    v_strides,
+    bias_strides,
+    out_strides,
+    grad_out_strides,
+    grad_q_strides,
+    grad_k_strides,
+    grad_v_strides,
+    grad_scores_strides,
+    mask_strides,
+    scale,
+    first_picture,
+    num_heads,
+    num_masks,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TAIL_M: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BIAS_GRAD: tl.constexpr,
+    TMA: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program for one head of one picture. grad_q of all queries stays in registers, a tile for BLOCK_M of them.
+
+    grad_q is kept transposed, [BLOCK_D, BLOCK_M]: its product then has 64 rows, which is what a tensor core of sm_90
+    takes, however few queries a tile has.
+    """
+    NUM_M: tl.constexpr = N // BLOCK_M
+    MAIN_M: tl.constexpr = NUM_M * BLOCK_M
+    slot = tl.program_id(0) // num_heads
+    h = tl.program_id(0) % num_heads
+    b = first_picture + slot
+    w = b % num_masks
+    picture_head = b * num_heads + h
+
+    for i in tl.static_range(NUM_M):
+        start_m = i * BLOCK_M
+        grad_tile = load_tile(grad_out, grad_out_strides, b, h, start_m, 0, N, D, BLOCK_M, BLOCK_D, TMA, INSIDE=True)
+        out_tile = load_tile(out, out_strides, b, h, start_m, 0, N, D, BLOCK_M, BLOCK_D, TMA, INSIDE=True)
+        _store_delta(delta_ptr, picture_head, start_m, out_tile, grad_tile, N, BLOCK_M, ACC)
+    if TAIL_M:
+        grad_tile = load_tile(grad_out_tail, grad_out_strides, b, h, MAIN_M, 0, N, D, TAIL_M, BLOCK_D, TMA)
+        out_tile = load_tile(out_tail, out_strides, b, h, MAIN_M, 0, N, D, TAIL_M, BLOCK_D, TMA)
+        _store_delta(delta_ptr, picture_head, MAIN_M, out_tile, grad_tile, N, TAIL_M, ACC)
+    tl.debug_barrier()  # other threads of this program read what these wrote
+
+    acc_q = (tl.zeros([BLOCK_D, BLOCK_M], ACC),) * NUM_M
+    acc_q_tail = tl.zeros([BLOCK_D, TAIL_M if TAIL_M else 16], ACC)
+    for start_n in tl.range(0, N, BLOCK_N):
+        k_tile = load_tile(k, k_strides, b, h, start_n, 0, N, D, BLOCK_N, BLOCK_D, TMA)
+        v_tile = load_tile(v, v_strides, b, h, start_n, 0, N, D, BLOCK_N, BLOCK_D, TMA)
+        acc_k = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+        acc_v = tl.zeros([BLOCK_N, BLOCK_D], ACC)
+        for i in tl.static_range(NUM_M):
+            start_m = i * BLOCK_M
+            q_tile = load_tile(q, q_strides, b, h, start_m, 0, N, D, BLOCK_M, BLOCK_D, TMA, INSIDE=True)
+            grad_tile = load_tile(
+                grad_out, grad_out_strides, b, h, start_m, 0, N, D, BLOCK_M, BLOCK_D, TMA, INSIDE=True
+            )
+            scores = tile_scores_transposed(
+                q_tile, k_tile, bias, bias_strides, mask_ptr, mask_strides, scale, h, w, start_m, start_n,
+                N, BLOCK_M, BLOCK_N, HAS_BIAS, HAS_MASK, N % BLOCK_N != 0, TMA, ACC, PRECISION,
+            )  # fmt: skip
+            lse, delta = _load_rows(lse_ptr, delta_ptr, picture_head, start_m, N, BLOCK_M)
+            tile, acc_k, acc_v = _add_grad_kv(
+                acc_k, acc_v, scores, q_tile, v_tile, grad_tile, lse, delta, True, ACC, PRECISION
+            )
+            _give_grad_scores(
+                grad_scores, grad_scores_strides, slot, h, start_n, start_m, tile, N, BLOCK_N, BLOCK_M, BIAS_GRAD, TMA
+            )
+            more = _add_grad_q_transposed(acc_q[i], tile, k_tile, ACC, PRECISION)
+            acc_q = acc_q[:i] + (more,) + acc_q[i + 1 :]  # noqa: RUF005  (Triton unpacks nothing)
+        if TAIL_M:
+            q_tile = load_tile(q_tail, q_strides, b, h, MAIN_M, 0, N, D, TAIL_M, BLOCK_D, TMA)
+            grad_tile = load_tile(grad_out_tail, grad_out_strides, b, h, MAIN_M, 0, N, D, TAIL_M, BLOCK_D, TMA)
+            scores = tile_scores_transposed(
+                q_tile, k_tile, bias_tail, bias_strides, mask_ptr, mask_strides, scale, h, w, MAIN_M, start_n,
+                N, TAIL_M, BLOCK_N, HAS_BIAS, HAS_MASK, N % BLOCK_N != 0, TMA, ACC, PRECISION,
+            )  # fmt: skip
+            lse, delta = _load_rows(lse_ptr, delta_ptr, picture_head, MAIN_M, N, TAIL_M)
+            tile, acc_k, acc_v = _add_grad_kv(
+                acc_k, acc_v, scores, q_tile, v_tile, grad_tile, lse, delta, True, ACC, PRECISION
+            )
+            _give_grad_scores(
+                grad_scores_tail, grad_scores_strides, slot, h, start_n, MAIN_M, tile,
+                N, BLOCK_N, TAIL_M, BIAS_GRAD, TMA,
+            )  # fmt: skip
+            acc_q_tail = _add_grad_q_transposed(acc_q_tail, tile, k_tile, ACC, PRECISION)
+        store_tile(grad_k, grad_k_strides, b, h, start_n, 0, acc_k * scale, N, D, BLOCK_N, BLOCK_D, TMA)
+        store_tile(grad_v, grad_v_strides, b, h, start_n, 0, acc_v, N, D, BLOCK_N, BLOCK_D, TMA)
+    for i in tl.static_range(NUM_M):
+        tile = tl.trans(acc_q[i] * scale)
+        store_tile(grad_q, grad_q_strides, b, h, i * BLOCK_M, 0, tile, N, D, BLOCK_M, BLOCK_D, TMA)
+    if TAIL_M:
+        tile = tl.trans(acc_q_tail * scale)
+        store_tile(grad_q_tail, grad_q_strides, b, h, MAIN_M, 0, tile, N, D, TAIL_M, BLOCK_D, TMA)
+
+
+@triton.jit
+def _store_delta(
+    delta_ptr, picture_head, start_m, out_tile, grad_tile, N: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr
+):
+    offs_m = start_m + tl.arange(0, ROWS)
+    delta = tl.sum(out_tile.to(ACC) * grad_tile.to(ACC), 1)
+    tl.store(delta_ptr + tl.cast(picture_head, tl.int64) * N + offs_m, delta, mask=offs_m < N)
+
+
+@triton.jit
+def _add_grad_q_transposed(acc, grad_scores, k_tile, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    return tl.dot(tl.trans(k_tile), grad_scores.to(k_tile.dtype), acc, input_precision=PRECISION, out_dtype=ACC)
+
+
+@triton.jit
+def bias_grad_sum_kernel(
+    grad_scores_ptr,  # [C, H, N, N], keys as rows
+    grad_bias_ptr,  # [H, N, N], contiguous, queries as rows
+    grad_scores_strides,
+    num_pictures,  # C
+    N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ADD_TO: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """One program for BLOCK_M queries and BLOCK_N keys of one head: the sum over pictures, first to last."""
+    NUM_BLOCKS_M: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
+    NUM_BLOCKS_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    h = tl.program_id(0) // (NUM_BLOCKS_M * NUM_BLOCKS_N)
+    start_m = tl.program_id(0) % NUM_BLOCKS_M * BLOCK_M
+    start_n = tl.program_id(0) // NUM_BLOCKS_M % NUM_BLOCKS_N * BLOCK_N
+    total = tl.zeros([BLOCK_N, BLOCK_M], ACC)
+    for c in tl.range(0, num_pictures):
+        total += load_tile(
+            grad_scores_ptr, grad_scores_strides, c, h, start_n, start_m, N, N, BLOCK_N, BLOCK_M, False
+        ).to(ACC)
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    inside = (offs_m[:, None] < N) & (offs_n[None, :] < N)
+    ptrs = grad_bias_ptr + h.to(tl.int64) * N * N + offs_m[:, None] * N + offs_n[None, :]
+    grad = tl.trans(total)
+    if ADD_TO:
+        grad += tl.load(ptrs, mask=inside, other=0.0).to(ACC)
+    tl.store(ptrs, grad.to(grad_bias_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,207 @@
+"""The Triton kernels as operators of torch: schemas, shapes, gradients. Importing this imports no triton.
+
+Both operators take `qkv` as a list: of one tensor [B, N, 3, H, D], whose gradient the kernels write in place as one
+tensor of that shape, as the weight gradient of the qkv linear wants it; or of q, k, v [B, H, N, D] of any strides.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._triton.target import why_unavailable
+from ..impl import ImplUnavailable
+from ..precision import compute_dtype
+
+HEAD_DIM_STEP = 8
+LARGEST_HEAD_DIM = 128
+
+FORWARD = (
+    "(Tensor[] qkv, Tensor? bias, Tensor? mask, Tensor? accumulate_into, float scale, bool deterministic) "
+    "-> (Tensor out, Tensor lse)"
+)
+BACKWARD = (
+    "(Tensor grad_out, Tensor[] qkv, Tensor? bias, Tensor? mask, Tensor out, Tensor lse, float scale, "
+    "Tensor(a!)[] grad_qkv, Tensor(b!)? grad_bias, bool add_to_bias, bool deterministic) -> ()"
+)
+
+
+def rel_pos_attention_triton(
+    qkv_BN3HD: Tensor,
+    bias_HNN: Tensor | None,
+    mask_WNN: Tensor | None,
+    accumulate_into: Tensor | None,
+    scale: float,
+    deterministic: bool,
+) -> Tensor:
+    """softmax(scale * q k^T + bias + mask) v, heads side by side: [B,N,3,H,D] -> [B,N,H*D]."""
+    qkv_BN3HD = qkv_BN3HD.to(compute_dtype(qkv_BN3HD))
+    _check("rel_pos_attention", qkv_BN3HD)
+    mask_WNN = None if mask_WNN is None else mask_WNN.to(qkv_BN3HD.dtype)
+    out_BNHD, _ = torch.ops.fused_beit.attention_fwd(
+        [qkv_BN3HD], bias_HNN, mask_WNN, accumulate_into, scale, deterministic
+    )
+    return out_BNHD.flatten(2)
+
+
+def attention_triton(
+    q_BHND: Tensor,
+    k_BHND: Tensor,
+    v_BHND: Tensor,
+    bias_HNN: Tensor | None,
+    mask_WNN: Tensor | None,
+    accumulate_into: Tensor | None,
+    scale: float,
+    deterministic: bool,
+) -> Tensor:
+    """softmax(scale * q k^T + bias + mask) v: [B,H,N,D] -> [B,H,N,D], heads side by side in memory."""
+    dtype = compute_dtype(q_BHND)
+    q_BHND, k_BHND, v_BHND = q_BHND.to(dtype), k_BHND.to(dtype), v_BHND.to(dtype)
+    _check("attention", q_BHND, k_BHND, v_BHND)
+    mask_WNN = None if mask_WNN is None else mask_WNN.to(dtype)
+    out_BNHD, _ = torch.ops.fused_beit.attention_fwd(
+        [q_BHND, k_BHND, v_BHND], bias_HNN, mask_WNN, accumulate_into, scale, deterministic
+    )
+    return out_BNHD.transpose(1, 2)
+
+
+def _check(operator: str, *tensors: Tensor) -> None:
+    """Raise ImplUnavailable where no kernel can run on these tensors, ValueError where none is made for them."""
+    first = tensors[0]
+    why = why_unavailable(first.device.type, first.dtype)
+    if why is not None:
+        raise ImplUnavailable(f"{operator}: impl='triton' was asked for, but {why}")
+    head_dim = first.shape[-1]
+    if head_dim % HEAD_DIM_STEP or not HEAD_DIM_STEP <= head_dim <= LARGEST_HEAD_DIM:
+        raise ValueError(
+            f"{operator}: impl='triton' takes heads of a multiple of {HEAD_DIM_STEP} channels, at most "
+            f"{LARGEST_HEAD_DIM}, but they have {head_dim}; use impl='sdpa'"
+        )
+    for tensor in tensors:
+        if tensor.stride(-1) != 1:
+            raise ValueError(
+                f"{operator}: impl='triton' needs a last stride of 1, but got strides {tuple(tensor.stride())} for "
+                f"shape {list(tensor.shape)}; call .contiguous() first"
+            )
+
+
+def _split(qkv: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v [B, H, N, D] of either form."""
+    q, k, v = qkv[0].permute(2, 0, 3, 1, 4).unbind(0) if len(qkv) == 1 else qkv
+    return q, k, v
+
+
+def _empty_like_heads(q_BHND: Tensor) -> Tensor:
+    """[B, H, N, D] with the heads of a token side by side in memory."""
+    batch, num_heads, num_tokens, head_dim = q_BHND.shape
+    return q_BHND.new_empty(batch, num_tokens, num_heads, head_dim).transpose(1, 2)
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for fp32 inputs: the rounding of lse would be the largest error of their gradients."""
+    return torch.float32 if dtype.itemsize == 2 else torch.float64
+
+
+def _empty_outputs(
+    qkv: list[Tensor],
+    bias: Tensor | None,
+    mask: Tensor | None,
+    accumulate_into: Tensor | None,
+    scale: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    """out [B, N, H, D] and lse [B, H, N]."""
+    q = _split(qkv)[0]
+    return _empty_like_heads(q).transpose(1, 2), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+
+
+def _forward(
+    qkv: list[Tensor],
+    bias: Tensor | None,
+    mask: Tensor | None,
+    accumulate_into: Tensor | None,
+    scale: float,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    from .launch import attention_fwd
+
+    out_BNHD, lse = _empty_outputs(qkv, bias, mask, accumulate_into, scale, deterministic)
+    if out_BNHD.numel():
+        attention_fwd(*_split(qkv), bias, mask, scale, out_BNHD.transpose(1, 2), lse)
+    return out_BNHD, lse
+
+
+def _backward(
+    grad_out: Tensor,
+    qkv: list[Tensor],
+    bias: Tensor | None,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    grad_qkv: list[Tensor],
+    grad_bias: Tensor | None,
+    add_to_bias: bool,
+    deterministic: bool,
+) -> None:
+    """Fill `grad_qkv`, a list of the form of qkv or empty, and `grad_bias`, where they are wanted."""
+    from .launch import attention_bwd
+
+    if grad_out.stride(-1) != 1:
+        grad_out = grad_out.contiguous()
+    attention_bwd(
+        grad_out.transpose(1, 2),
+        *_split(qkv),
+        bias,
+        mask,
+        out.transpose(1, 2),
+        lse,
+        scale,
+        grad_qkv=_split(grad_qkv) if grad_qkv else None,
+        grad_bias=grad_bias,
+        add_to_bias=add_to_bias,
+        deterministic=deterministic,
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, bias, mask, accumulate_into, ctx.scale, ctx.deterministic = inputs
+    ctx.save_for_backward(bias, mask, accumulate_into, *output, *qkv)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _grads(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    bias, mask, accumulate_into, out, lse, *qkv = ctx.saved_tensors
+    wants, want_bias, *_ = ctx.needs_input_grad
+    grad_qkv: list[Tensor] = []
+    if any(wants):
+        packed = len(qkv) == 1
+        grad_qkv = [qkv[0].new_empty(qkv[0].shape)] if packed else [_empty_like_heads(tensor) for tensor in qkv]
+    own_grad_bias = bias.new_zeros(bias.shape) if want_bias and accumulate_into is None else None
+    grad_bias = accumulate_into if want_bias and accumulate_into is not None else own_grad_bias
+    if out.numel() and (grad_qkv or want_bias):
+        torch.ops.fused_beit.attention_bwd(
+            grad_out,
+            qkv,
+            bias,
+            mask,
+            out,
+            lse,
+            ctx.scale,
+            grad_qkv,
+            grad_bias,
+            own_grad_bias is None,
+            ctx.deterministic,
+        )
+    wanted = [grad_qkv[i] if want else None for i, want in enumerate(wants)]
+    return wanted, own_grad_bias, None, None, None, None
+
+
+if not hasattr(torch.ops.fused_beit, "attention_fwd"):  # once only, as in impl.py
+    torch.library.define("fused_beit::attention_fwd", FORWARD)
+    torch.library.impl("fused_beit::attention_fwd", ("cpu", "cuda"), _forward)
+    torch.library.register_fake("fused_beit::attention_fwd", _empty_outputs)
+    torch.library.define("fused_beit::attention_bwd", BACKWARD)
+    torch.library.impl("fused_beit::attention_bwd", ("cpu", "cuda"), _backward)
+    torch.library.register_fake("fused_beit::attention_bwd", lambda *_: None)
+    torch.library.register_autograd("fused_beit::attention_fwd", _grads, setup_context=_save)
