@@ -1,20 +1,24 @@
 """What a kernel is handed for a tensor: a TMA descriptor made on the host, or the tensor itself with its strides."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 Strides = tuple[int, int, int]
 
 
-def tma_can_read(*tensors: Tensor | None) -> bool:
+def tma_can_read(*tensors: Tensor) -> bool:
     """Whether descriptors can be made of all of them: last stride 1, all else in steps of 16 bytes."""
-    return all(
-        tensor.stride(-1) == 1
-        and tensor.data_ptr() % 16 == 0
-        and all(stride > 0 and stride * tensor.itemsize % 16 == 0 for stride in tensor.stride()[:-1])
-        for tensor in tensors
-        if tensor is not None
-    )
+    for tensor in tensors:
+        *others, last = tensor.stride()
+        step = 16 // tensor.itemsize
+        if last != 1 or tensor.data_ptr() % 16:
+            return False
+        for stride in others:
+            if stride <= 0 or stride % step:
+                return False
+    return True
 
 
 def align_rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -27,16 +31,29 @@ def align_rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return copy.copy_(tensor)
 
 
+_templates: dict[tuple[Any, ...], Any] = {}
+
+
 def source(tensor: Tensor, rows: int, cols: int, tma: bool) -> object:
-    """What `load_tile` and `store_tile` take for tiles [rows, cols] of a tensor [I, J, R, C]."""
+    """What `load_tile` and `store_tile` take for tiles [rows, cols] of a tensor [I, J, R, C].
+
+    A descriptor is checked once for each layout, for the checks take longer than many a kernel runs.
+    """
     if not tma:
         return tensor
-    from triton.tools.tensor_descriptor import TensorDescriptor
+    key = (tensor.shape, tensor.stride(), tensor.dtype, rows, cols)
+    template = _templates.get(key)
+    if template is None:
+        from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, rows, cols])
+        template = TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, rows, cols])
+        template.base = None  # the tensor may go; its layout is what is kept
+        _templates[key] = template
+    descriptor = object.__new__(type(template))
+    descriptor.__dict__.update(template.__dict__, base=tensor)
+    return descriptor
 
 
 def strides(tensor: Tensor) -> Strides:
     """All strides of a tensor [I, J, R, C] but the last, which is 1."""
-    i, j, row, _ = tensor.stride()
-    return i, j, row
+    return tensor.stride()[:3]  # type: ignore[return-value]

@@ -405,22 +405,26 @@ def bias_grad_sum_kernel(
     ADD_TO: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One program for BLOCK_M queries and BLOCK_N keys of one head: the sum over pictures, first to last."""
+    """One program for BLOCK_M queries and BLOCK_N keys of one head: the sum over pictures, first to last.
+
+    With ADD_TO the sum goes on from what grad_bias holds, so that it is the same bits in however many passes.
+    """
     NUM_BLOCKS_M: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
     NUM_BLOCKS_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     h = tl.program_id(0) // (NUM_BLOCKS_M * NUM_BLOCKS_N)
     start_m = tl.program_id(0) % NUM_BLOCKS_M * BLOCK_M
     start_n = tl.program_id(0) // NUM_BLOCKS_M % NUM_BLOCKS_N * BLOCK_N
-    total = tl.zeros([BLOCK_N, BLOCK_M], ACC)
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    # Keys as rows, like what is summed; memory has queries as rows.
+    inside = (offs_m[None, :] < N) & (offs_n[:, None] < N)
+    ptrs = grad_bias_ptr + h.to(tl.int64) * N * N + offs_m[None, :] * N + offs_n[:, None]
+    if ADD_TO:
+        total = tl.load(ptrs, mask=inside, other=0.0).to(ACC)
+    else:
+        total = tl.zeros([BLOCK_N, BLOCK_M], ACC)
     for c in tl.range(0, num_pictures):
         total += load_tile(
             grad_scores_ptr, grad_scores_strides, c, h, start_n, start_m, N, N, BLOCK_N, BLOCK_M, False
         ).to(ACC)
-    offs_m = start_m + tl.arange(0, BLOCK_M)
-    offs_n = start_n + tl.arange(0, BLOCK_N)
-    inside = (offs_m[:, None] < N) & (offs_n[None, :] < N)
-    ptrs = grad_bias_ptr + h.to(tl.int64) * N * N + offs_m[:, None] * N + offs_n[None, :]
-    grad = tl.trans(total)
-    if ADD_TO:
-        grad += tl.load(ptrs, mask=inside, other=0.0).to(ACC)
-    tl.store(ptrs, grad.to(grad_bias_ptr.dtype.element_ty), mask=inside)
+    tl.store(ptrs, total.to(grad_bias_ptr.dtype.element_ty), mask=inside)

@@ -160,65 +160,71 @@ def attention_bwd(
     tile = fused or call.plan.backward_kv
     tail_m = tail(call.num_tokens, tile.block_m)
     bias_grad = NONE if grad_bias is None else STORE if deterministic else ADD
-    pictures_a_pass = num_pictures_a_pass(call.batch, call.num_heads, call.num_tokens, q.dtype)
+    pictures_a_pass = call.batch
+    if bias_grad == STORE:
+        pictures_a_pass = num_pictures_a_pass(call.batch, call.num_heads, call.num_tokens, q.dtype)
     grad_scores = _grad_scores(q, bias_grad, pictures_a_pass)
     # Passes add to one another, in more digits than half precision has.
     total = grad_bias
-    if grad_bias is not None and bias_grad == STORE and pictures_a_pass < call.batch:
+    if grad_bias is not None and pictures_a_pass < call.batch:
         total = grad_bias.to(accumulate_dtype(grad_bias.dtype))
-    # Atomics take pointers.
-    scores_source = call.square if bias_grad == STORE else lambda tensor, *blocks: tensor
+
+    def give(block_rows: int, block_cols: int) -> object:
+        """Where tiles of grad_scores go; atomics take a pointer."""
+        return grad_scores if bias_grad == ADD else call.square(grad_scores, block_rows, block_cols)
+
     with call.launches_here():
         if not fused:
             _launch_bwd_q(call, q, k, v, out, grad_out, lse, delta, grad_q)
-        if bias_grad == NONE and grad_qkv is None:
+        if grad_qkv is None and grad_bias is None:
             return
-        for first in range(0, call.batch, pictures_a_pass if bias_grad == STORE else call.batch):
-            num_pictures = min(pictures_a_pass, call.batch - first) if bias_grad == STORE else call.batch
-            arguments = call.shared_arguments(tile) | {
-                "q": call.rows(q, tile.block_m),
-                "k": call.rows(k, tile.block_n),
-                "v": call.rows(v, tile.block_n),
-                "q_tail": call.rows(q, tail_m),
-                "bias": call.square(call.bias, tile.block_m, tile.block_n),
-                "bias_tail": call.square(call.bias, tail_m, tile.block_n),
-                "grad_out": call.rows(grad_out, tile.block_m),
-                "grad_out_tail": call.rows(grad_out, tail_m),
-                "grad_k": call.rows(grad_k, tile.block_n),
-                "grad_v": call.rows(grad_v, tile.block_n),
-                "grad_scores": scores_source(grad_scores, tile.block_n, tile.block_m),
-                "grad_scores_tail": scores_source(grad_scores, tile.block_n, tail_m),
-                "lse_ptr": lse,
-                "delta_ptr": delta,
-                "q_strides": strides(q),
-                "k_strides": strides(k),
-                "v_strides": strides(v),
-                "grad_out_strides": strides(grad_out),
-                "grad_k_strides": call.strides(grad_k),
-                "grad_v_strides": call.strides(grad_v),
-                "grad_scores_strides": call.strides(grad_scores),
-                "first_picture": first,
-                "TAIL_M": tail_m,
-                "BIAS_GRAD": bias_grad,
-            }
-            programs = num_pictures * call.num_heads
+        arguments = call.shared_arguments(tile) | {
+            "q": call.rows(q, tile.block_m),
+            "k": call.rows(k, tile.block_n),
+            "v": call.rows(v, tile.block_n),
+            "q_tail": call.rows(q, tail_m),
+            "bias": call.square(call.bias, tile.block_m, tile.block_n),
+            "bias_tail": call.square(call.bias, tail_m, tile.block_n),
+            "grad_out": call.rows(grad_out, tile.block_m),
+            "grad_out_tail": call.rows(grad_out, tail_m),
+            "grad_k": call.rows(grad_k, tile.block_n),
+            "grad_v": call.rows(grad_v, tile.block_n),
+            "grad_scores": give(tile.block_n, tile.block_m),
+            "grad_scores_tail": give(tile.block_n, tail_m),
+            "lse_ptr": lse,
+            "delta_ptr": delta,
+            "q_strides": strides(q),
+            "k_strides": strides(k),
+            "v_strides": strides(v),
+            "grad_out_strides": strides(grad_out),
+            "grad_k_strides": call.strides(grad_k),
+            "grad_v_strides": call.strides(grad_v),
+            "grad_scores_strides": call.strides(grad_scores),
+            "TAIL_M": tail_m,
+            "BIAS_GRAD": bias_grad,
+        }
+        for first in range(0, call.batch, pictures_a_pass):
+            num_pictures = min(pictures_a_pass, call.batch - first)
             if fused:
-                attention_bwd_fused_kernel[(programs,)](
+                attention_bwd_fused_kernel[(num_pictures * call.num_heads,)](
                     out=call.rows(out, tile.block_m),
                     out_tail=call.rows(out, tail_m),
                     grad_q=call.rows(grad_q, tile.block_m),
                     grad_q_tail=call.rows(grad_q, tail_m),
                     out_strides=strides(out),
                     grad_q_strides=call.strides(grad_q),
+                    first_picture=first,
                     **arguments,
                 )
             else:
-                programs *= -(-call.num_tokens // tile.block_n)
-                attention_bwd_kv_kernel[(programs,)](WANT_QKV=grad_qkv is not None, **arguments)
+                num_blocks = -(-call.num_tokens // tile.block_n)
+                attention_bwd_kv_kernel[(num_pictures * call.num_heads * num_blocks,)](
+                    first_picture=first, WANT_QKV=grad_qkv is not None, **arguments
+                )
             if total is not None and grad_scores is not None:
-                num_slots = num_pictures if bias_grad == STORE else 1
+                num_slots = 1 if bias_grad == ADD else num_pictures
                 _launch_bias_grad_sum(call, grad_scores, total, num_slots, add_to_bias or first > 0)
-        if total is not None and grad_bias is not None and total is not grad_bias:
+        if grad_bias is not None and total is not None and total is not grad_bias:
             grad_bias.copy_(total)
 
 
