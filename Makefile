@@ -19,7 +19,7 @@ HAS_GPU := $(shell (nvidia-smi -L 2>/dev/null || ls /dev/nvidia0 2>/dev/null) | 
 CONSTRAINT := $(if $(HAS_GPU),,--constraint constraints-cpu.txt)
 INSTALL_INPUTS := setup.py pyproject.toml constraints-cpu.txt
 
-.PHONY: help .venv .venv-peers pretrain test test-all test-gpu lint bench-smoke bench peers clean
+.PHONY: help .venv .venv-peers pretrain test test-all test-gpu lint bench-smoke bench bench-gpu peers clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | column -t -s '|'
@@ -58,6 +58,19 @@ bench-smoke: .venv/installed  ## every benchmark once at a small size; its times
 
 bench: .venv/installed  ## the benchmarks at full size
 	$(BIN)/pytest benchmarks/ --benchmark-only $(ARGS)
+
+# Needs torch and triton alone: the environment of .venv where there is one, else PYTHON where it has both, as machines
+# with a GPU come; where it has not, .venv is made. By hand, with no install, the same is
+#   mkdir -p build/types/fused_beit && ln -sfn ../../../kernels build/types/fused_beit/kernels
+#   PYTHONPATH=build/types python3 -m benchmarks.gpu
+# `make bench-gpu BIN=.venv-peers/bin`, after `make peers`, compares with xformers too.
+HAS_TORCH = $(PYTHON) -c 'import sys, importlib.util as i; sys.exit(not (i.find_spec("torch") and i.find_spec("triton")))'
+
+bench-gpu:  ## all that is measured on a GPU, in one go; ARGS="--rehearse --output FOLDER" tries it without one
+	@mkdir -p build/types/fused_beit
+	@ln -sfn ../../../kernels build/types/fused_beit/kernels
+	@[ -x $(BIN)/python ] || $(HAS_TORCH) || $(MAKE) .venv/installed
+	PYTHONPATH=build/types $$([ -x $(BIN)/python ] && echo $(BIN)/python || echo $(PYTHON)) -m benchmarks.gpu $(ARGS)
 
 peers: .venv-peers/installed  ## an environment with the libraries that the benchmarks compare with
 

@@ -1,38 +1,28 @@
-"""Attention with the relative position bias, forward and backward: the implementations against each other."""
-
-from collections.abc import Callable
-from functools import partial
+"""Attention with the relative position bias: ours, what people would use instead, and bounds, in each direction."""
 
 import pytest
 import torch
-from torch import Tensor
 
-from fused_beit.kernels import rel_pos_attention
-from fused_beit.kernels.testing import assert_parity, rel_pos_attention_inputs
+from .attention import DIRECTIONS, ON_CPU, ON_GPU, SMOKE
+from .attention_providers import PROVIDERS
+from .attention_rows import Checked, check_providers, time_providers
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SIZES = {"smoke": (2, 17, 2, 8), "full": (8, 197, 12, 64)}  # B, N, H, D
-REFERENCE = partial(rel_pos_attention, impl="reference")
-PROVIDERS = {"reference": REFERENCE, "sdpa": partial(rel_pos_attention, impl="sdpa")}
 
 
-def forward_backward(attention: Callable[[Tensor, Tensor], Tensor], qkv: Tensor, bias: Tensor) -> Callable[[], None]:
-    """Output and the gradients of qkv and bias."""
-    qkv, bias = qkv.clone().requires_grad_(), bias.clone().requires_grad_()
-    grad_out = torch.randn_like(attention(qkv, bias))
-
-    def run() -> None:
-        torch.autograd.grad(attention(qkv, bias), (qkv, bias), grad_out)
-
-    return run
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    full = ON_GPU if DEVICE.type == "cuda" else ON_CPU
+    cases = SMOKE if metafunc.config.getoption("--sizes") == "smoke" else full
+    metafunc.parametrize("checked", cases, ids=[case.name for case in cases], indirect=True, scope="module")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-def test_rel_pos_attention(in_turn, sizes, dtype):
-    size = SIZES[sizes]
-    inputs = rel_pos_attention_inputs(*size, dtype=dtype, device=DEVICE)
-    for attention in PROVIDERS.values():
-        assert_parity(attention, REFERENCE, inputs)
-    runs = {name: forward_backward(attention, **inputs) for name, attention in PROVIDERS.items()}
-    shape = ", ".join(f"{name} {count}" for name, count in zip("BNHD", size, strict=True))
-    in_turn(f"attention, {shape}, {str(dtype).removeprefix('torch.')}", runs)
+@pytest.fixture(scope="module")
+def checked(request: pytest.FixtureRequest) -> Checked:
+    """A case whose providers were all built and checked, once for all directions."""
+    return check_providers(request.param, PROVIDERS, DEVICE)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS, ids=[direction.replace(" ", "_") for direction in DIRECTIONS])
+def test_rel_pos_attention(checked, drive, keep, limits, num_rounds, direction):
+    assert not checked.failed, "; ".join(f"{name}: {why}" for name, why in checked.failed.items())
+    keep(time_providers(checked, direction, rounds=num_rounds(30), limits=limits, drive=drive))

@@ -5,20 +5,20 @@ once, in an order that turns, and a ratio is the median of the ratios within the
 """
 
 import gc
-import time
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import pytest
 import torch
 from torch import Tensor
 
 from fused_beit.kernels.testing import assert_no_worse_than_eager
 
+from .timers import Run, Timer, run_once, wall_seconds
+
 Outputs = Mapping[str, Tensor]
-Run = Callable[[], Any]
+Drive = Callable[[Callable[[], None], Callable[[], None], int], None]
 
 
 class AbsentError(Exception):
@@ -27,17 +27,20 @@ class AbsentError(Exception):
 
 @dataclass
 class Row:
-    """One provider of one case, for the table and the JSON."""
+    """One provider of one case, for the table and the JSON: its seconds, or why there are none."""
 
     case: str
     provider: str
     seconds: list[float] = field(default_factory=list)
     absent: str = ""
+    failed: str = ""
+    """Why it should have run and did not: a wrong result, or a defect of ours."""
     ratio: float | None = None
+    over: str = ""
+    """The provider whose time `ratio` is relative to."""
     errors: dict[str, float] = field(default_factory=dict)
-
-
-ROWS = pytest.StashKey[list[Row]]()
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What else is known of it, for the JSON."""
 
 
 def build(providers: Mapping[str, Callable[..., Run]], *args: Any) -> tuple[dict[str, Run], dict[str, str]]:
@@ -76,22 +79,32 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
     return float((actual.double() - exact).norm() / exact.norm())
 
 
+def every_round(others: Callable[[], None], first: Callable[[], None], rounds: int) -> None:
+    """Nothing but the rounds; pytest-benchmark drives them itself, for it keeps the times of the first one."""
+    for _ in range(rounds):
+        others()
+        first()
+
+
 def time_in_turn(
-    benchmark: Any,
     case: str,
     runs: Mapping[str, Run],
     *,
     rounds: int,
+    timer: Timer = wall_seconds,
+    drive: Drive = every_round,
     absent: Mapping[str, str] | None = None,
     errors: Mapping[str, dict[str, float]] | None = None,
 ) -> list[Row]:
-    """Time the providers in turn; pytest-benchmark keeps those of the first.
+    """Time the providers in turn.
 
     Args:
-        benchmark: pytest-benchmark's fixture.
         case: what is timed, with its sizes.
-        runs: provider -> its work, once; each was checked before.
-        rounds: how often each is timed, after one run that is not.
+        runs: provider -> its work, once; each was checked before. At least one.
+        rounds: how often each is timed, after two runs that are not.
+        timer: seconds of one run.
+        drive: calls its first argument, which times all providers but the first, and its second, which times that one,
+            `rounds` times.
         absent: provider -> why it is not there.
         errors: provider -> errors found when it was checked.
 
@@ -101,53 +114,62 @@ def time_in_turn(
     first, *others = runs
     rows = {name: Row(case, name, errors=dict((errors or {}).get(name, {}))) for name in runs}
     for run in runs.values():
-        timed(run)
+        run_once(run)
+        timer(run)
 
     def time_the_others() -> None:
         turn = len(rows[others[0]].seconds) % len(others) if others else 0
         for name in others[turn:] + others[:turn]:
-            rows[name].seconds.append(timed(runs[name]))
+            rows[name].seconds.append(timer(runs[name]))
 
     def time_the_first() -> None:
-        rows[first].seconds.append(timed(runs[first]))
+        rows[first].seconds.append(timer(runs[first]))
 
     gc.collect()
-    benchmark.pedantic(time_the_first, setup=time_the_others, rounds=rounds, iterations=1, warmup_rounds=0)
+    drive(time_the_others, time_the_first, rounds)
 
-    baseline = np.array(rows[first].seconds)
     for name in others:
-        rows[name].ratio = float(np.median(np.array(rows[name].seconds) / baseline))
-    found = [*rows.values(), *(Row(case, name, absent=why) for name, why in (absent or {}).items())]
-    benchmark.extra_info["case"] = case
-    benchmark.extra_info["providers"] = {row.provider: summary(row) for row in found}
-    return found
+        pairs = zip(rows[name].seconds, rows[first].seconds, strict=True)
+        rows[name].ratio = statistics.median(seconds / baseline for seconds, baseline in pairs)
+        rows[name].over = first
+    return [*rows.values(), *(Row(case, name, absent=why) for name, why in (absent or {}).items())]
 
 
-def timed(run: Run) -> float:
-    """Seconds of one run, the device's work included."""
-    start = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def quartiles(seconds: Sequence[float]) -> tuple[float, float, float]:
+    """First quartile, median, third quartile."""
+    if len(seconds) == 1:
+        return (seconds[0],) * 3
+    q1, median, q3 = statistics.quantiles(seconds, n=4, method="inclusive")
+    return q1, median, q3
 
 
 def summary(row: Row) -> dict[str, Any]:
     """A row as it stands in the JSON; times in seconds."""
+    if row.failed:
+        return {"failed": row.failed, **row.facts}
     if row.absent:
-        return {"absent": row.absent}
-    q1, median, q3 = np.percentile(row.seconds, [25, 50, 75])
-    return {"median": median, "q1": q1, "q3": q3, "rounds": len(row.seconds), "ratio": row.ratio, "errors": row.errors}
+        return {"absent": row.absent, **row.facts}
+    q1, median, q3 = quartiles(row.seconds)
+    times = {"median": median, "q1": q1, "q3": q3, "rounds": len(row.seconds), "ratio": row.ratio, "over": row.over}
+    return {**times, "errors": row.errors, **row.facts}
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """The rows as aligned text: median with quartiles, and how many times the first one's time."""
-    lines = [f"{'case':44} {'provider':24} {'median ms (quartiles)':>30}  {'over first':>10}"]
+    """The rows as aligned text: median with quartiles, and how many times the first one's time; then who is missing."""
+    width = max(len(row.case) for row in rows)
+    lines = [f"{'case':{width}} {'provider':24} {'median ms (quartiles)':>30}  {'over first':>10}"]
     for row in rows:
-        if row.absent:
-            lines.append(f"{row.case:44} {row.provider:24} {row.absent:>30}")
-            continue
-        q1, median, q3 = np.percentile(row.seconds, [25, 50, 75]) * 1e3
-        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-        lines.append(f"{row.case:44} {row.provider:24} {f'{median:.4g} ({q1:.4g} to {q3:.4g})':>30}  {ratio:>10}")
+        if row.seconds:
+            q1, median, q3 = (1e3 * seconds for seconds in quartiles(row.seconds))
+            ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+            times = f"{median:.4g} ({q1:.4g} to {q3:.4g})"
+            lines.append(f"{row.case:{width}} {row.provider:24} {times:>30}  {ratio:>10}")
+    untimed = [row for row in rows if not row.seconds]
+    for why in dict.fromkeys(row.failed or row.absent for row in untimed):
+        missing = [row for row in untimed if (row.failed or row.absent) == why]
+        names = list(dict.fromkeys(row.provider for row in missing))
+        # Where some of their rows have a time or another reason, the cases are named.
+        everywhere = len(missing) == sum(row.provider in names for row in rows)
+        cases = "" if everywhere else f" ({'; '.join(dict.fromkeys(row.case for row in missing))})"
+        lines.append(f"not timed: {', '.join(names)}{cases}: {why}")
     return lines

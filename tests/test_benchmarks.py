@@ -25,11 +25,17 @@ def spoilt(make):
     return make_wrong
 """
 SPOIL_ATTENTION = """
+import dataclasses
+
 def pytest_collection_finish(session):
-    for providers in {id(item.module): item.module.PROVIDERS for item in session.items}.values():
-        right = providers["sdpa"]
-        providers["sdpa"] = lambda qkv, bias: right(qkv, bias * 0.9)
+    providers = session.items[0].module.PROVIDERS
+    right = providers["sdpa"]
+    providers["sdpa"] = right._replace(make=lambda inputs: spoilt(right.make(inputs)))
+
+def spoilt(work):
+    return dataclasses.replace(work, call=lambda: work.call() * 1.01)
 """
+ATTENTION = "benchmarks/bench_rel_pos_attention.py"
 
 
 def run_benchmarks(root: Path, folder: Path, *arguments: str, plugin: str = "", absent: str = ""):
@@ -86,11 +92,22 @@ def test_a_peer_with_a_wrong_result_is_not_compared_with(root, tmp_path):
 
 
 def test_attention_with_a_wrong_result_is_not_timed(root, tmp_path):
-    path = "benchmarks/bench_rel_pos_attention.py"
-    shown, timed = run_benchmarks(root, tmp_path, path, "-k", "fp32", plugin=SPOIL_ATTENTION)
+    shown, timed = run_benchmarks(root, tmp_path, ATTENTION, "-k", "fp32", plugin=SPOIL_ATTENTION)
     assert shown.returncode == 1
     assert "exceeds" in shown.stdout
     assert timed == []
+
+
+def test_attention_is_compared_in_each_direction(root, tmp_path):
+    shown, timed = run_benchmarks(root, tmp_path, ATTENTION, "-k", "fp32")
+    assert shown.returncode == 0, shown.stdout[-3000:]
+    assert len(timed) == 3
+    for bench in timed:
+        providers = bench["extra_info"]["providers"]
+        assert "its interpreter" in providers["triton"]["absent"]
+        assert providers["sdpa"]["gb_per_s"] > 0
+        assert providers["reference"]["errors"]["grad bias"] < 1e-5
+        assert "grad bias" not in providers["flash-no-bias"]["errors"]
 
 
 def test_an_absent_peer_is_named_with_the_reason(root, tmp_path):

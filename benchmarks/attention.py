@@ -1,0 +1,184 @@
+"""What attention with the shared bias is timed on: shapes with their bytes and FLOPs, inputs, and the exact results.
+
+B pictures, H heads, N tokens, D channels of a head, R rows of the bias table. The formulas of bytes and FLOPs
+are those of kernels/rel_pos_attention/README.md.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused_beit.kernels import expand_table, rel_pos_attention, scatter_table
+from fused_beit.kernels.rel_pos_attention.bias import num_relative_positions
+from fused_beit.kernels.testing import rel_pos_attention_inputs
+
+from .rounds import Outputs, check
+
+FORWARD, BOTH, BACKWARD = DIRECTIONS = ("forward", "forward and backward", "backward")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Attention over a square window of side² patches and a CLS token, whose bias comes from a table."""
+
+    name: str
+    batch: int
+    num_heads: int
+    side: int
+    head_dim: int = 64
+    dtype: torch.dtype = torch.bfloat16
+    rehearsal: bool = False
+    """Whether Triton's interpreter may stand in for a GPU, whose times mean nothing."""
+
+    @property
+    def window(self) -> tuple[int, int]:
+        return self.side, self.side
+
+    @property
+    def num_tokens(self) -> int:
+        return self.side**2 + 1
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.name}: B {self.batch}, H {self.num_heads}, N {self.num_tokens}, D {self.head_dim}, {dtype}"
+
+    def flops(self, direction: str) -> int:
+        """FLOPs that the work demands, whatever a provider does: 2 a multiply-add, softmax not counted."""
+        products = {FORWARD: 2, BACKWARD: 5, BOTH: 7}[direction]
+        return 2 * products * self.batch * self.num_heads * self.num_tokens**2 * self.head_dim
+
+    def bytes(self, direction: str) -> int:
+        """Bytes that must move, each tensor once in each of the two directions."""
+        rows, squares = {FORWARD: (4, 1), BACKWARD: (8, 2), BOTH: (12, 3)}[direction]
+        of_rows = self.batch * self.num_tokens * self.num_heads * self.head_dim
+        return (rows * of_rows + squares * self.num_heads * self.num_tokens**2) * self.dtype.itemsize
+
+    def floor(self, direction: str, limits: Mapping[str, float]) -> float:
+        """Seconds that the machine's limits allow at best; forward and backward are two passes, each with its floor."""
+        if direction == BOTH:
+            return self.floor(FORWARD, limits) + self.floor(BACKWARD, limits)
+        return max(self.bytes(direction) / limits["bytes_per_s"], self.flops(direction) / limits["flops_per_s"])
+
+
+# In the order of their importance: a run that is short of time does the first ones.
+ON_GPU = (
+    Case("base", 128, 12, 14),
+    Case("n577", 32, 16, 24),
+    Case("n1025", 16, 16, 32),
+    Case("large", 128, 16, 14),
+    Case("base-64", 64, 12, 14),
+    Case("base-256", 256, 12, 14),
+)
+ON_CPU = (Case("cpu", 8, 12, 14), Case("cpu-fp32", 8, 12, 14, dtype=torch.float32))
+SMOKE = (Case("tiny", 2, 2, 4, 16), Case("tiny-fp32", 2, 2, 4, 16, torch.float32))
+REHEARSAL = tuple(
+    replace(case, batch=2, num_heads=1, side=4 + extra, head_dim=16, dtype=torch.float16, rehearsal=True)
+    for extra, case in enumerate(ON_GPU[:2])
+)
+
+
+class Inputs:
+    """Tensors of a case, made once for all providers; those that get a gradient are leaves."""
+
+    def __init__(self, case: Case, device: torch.device, batch: int | None = None) -> None:
+        self.case, self.device = case, device
+        self.batch = batch or case.batch
+        shape = (self.batch, case.num_tokens, case.num_heads, case.head_dim)
+        qkv = rel_pos_attention_inputs(*shape, bias=False, dtype=case.dtype, device=device)["qkv"]
+        assert qkv is not None
+        self.qkv = qkv.requires_grad_()
+        """[B, N, 3, H, D]"""
+        generator = torch.Generator().manual_seed(1)
+        table = torch.randn(num_relative_positions(case.window), case.num_heads, generator=generator)
+        self.table = table.to(device, case.dtype).requires_grad_()
+        """[R, H]"""
+        self.bias = expand_table(self.table.detach(), case.window, impl="reference").requires_grad_()
+        """[H, N, N], with the aligned rows that RelativePositionBias gives it."""
+        grad_out = torch.randn(self.batch, case.num_tokens, case.num_heads * case.head_dim, generator=generator)
+        self.grad_out = grad_out.to(device, case.dtype)
+        """[B, N, H*D]"""
+
+    @cached_property
+    def unaligned_bias(self) -> Tensor:
+        """The same numbers without room between the rows."""
+        return self.bias.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+
+    @cached_property
+    def apart(self) -> tuple[Tensor, ...]:
+        """q, k, v [B, H, N, D], each contiguous."""
+        parts = self.qkv.detach().permute(2, 0, 3, 1, 4).unbind(0)
+        return tuple(part.contiguous().requires_grad_() for part in parts)
+
+
+class Results(NamedTuple):
+    """Outputs and gradients of eager torch in the dtype of the inputs, and of the reference in float64."""
+
+    eager: Outputs
+    exact: Outputs
+
+
+class References:
+    """What providers are held to. Where eager torch does not fit into memory, on fewer pictures than the case has."""
+
+    CHUNK = 2**25
+    """Scores of which the float64 reference holds a few at a time."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs = inputs
+        self.found: dict[bool, Results] = {}
+        while True:
+            try:
+                self.found[True] = self.compute(with_bias=True)
+                return
+            except torch.OutOfMemoryError:
+                if self.inputs.batch == 1:
+                    raise
+            torch.cuda.empty_cache()
+            self.inputs = Inputs(inputs.case, inputs.device, batch=-(-self.inputs.batch // 4))
+
+    def compute(self, with_bias: bool) -> Results:
+        inputs = self.inputs
+        bias = inputs.bias if with_bias else None
+        eager = results_of(inputs.qkv, bias, inputs.grad_out)
+        size = max(1, self.CHUNK // (inputs.case.num_heads * inputs.case.num_tokens**2))
+        pairs = zip(inputs.qkv.split(size), inputs.grad_out.split(size), strict=True)
+        double = None if bias is None else leaf(bias.double())
+        chunks = [results_of(leaf(qkv.double()), double, grad_out.double()) for qkv, grad_out in pairs]
+        exact = {key: torch.cat([chunk[key] for chunk in chunks]) for key in ("output", "grad qkv")}
+        if with_bias:
+            exact["grad bias"] = sum((chunk["grad bias"] for chunk in chunks[1:]), chunks[0]["grad bias"])
+            for results in (eager, exact):
+                grad = results["grad bias"]
+                dtype = torch.promote_types(grad.dtype, torch.float32)
+                results["grad table"] = scatter_table(grad, inputs.case.window, dtype=dtype, impl="reference")
+        return Results(eager, exact)
+
+    def check(self, name: str, found: Outputs, *, with_bias: bool) -> dict[str, float]:
+        """The relative errors of what a provider found. Raises AssertionError where one breaks the house's rule."""
+        if with_bias not in self.found:
+            self.found[with_bias] = self.compute(with_bias)
+        eager, exact = self.found[with_bias]
+        # A provider that keeps the sum over the pictures in fp32 is held to what eager torch has in there.
+        alike = {key: eager[key].to(found[key].dtype) for key in found}
+        return check(name, found, alike, {key: exact[key] for key in found}, self.inputs.case.dtype)
+
+
+def leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_()
+
+
+def results_of(qkv: Tensor, bias: Tensor | None, grad_out: Tensor) -> dict[str, Tensor]:
+    """Output and gradients of the reference."""
+    leaves = {"grad qkv": qkv} | ({} if bias is None else {"grad bias": bias})
+    output = rel_pos_attention(qkv, bias, impl="reference")
+    grads = torch.autograd.grad(output, list(leaves.values()), grad_out)
+    return {"output": output.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def heads_apart(tensor: Tensor, num_heads: int) -> Tensor:
+    """[B, N, H*D] -> [B, H, N, D]"""
+    return tensor.unflatten(2, (num_heads, -1)).transpose(1, 2)

@@ -1,0 +1,124 @@
+"""How one run is timed, on a CPU by the clock and on a GPU between two events; and the memory that it takes."""
+
+import gc
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Run = Callable[[], Any]
+Timer = Callable[[Run], float]
+
+
+class Staged:
+    """Work whose first part, `prepare`, is not timed: a backward after its forward."""
+
+    def __init__(self, first: Callable[[], Any], then: Callable[[Any], Any]) -> None:
+        self.first, self.then = first, then
+        self.ready: Any = None
+
+    def prepare(self) -> None:
+        self.ready = self.first()
+
+    def __call__(self) -> Any:
+        ready, self.ready = self.ready, None
+        return self.then(ready)
+
+
+def prepare(run: Run) -> None:
+    """The part of a run that is not timed, if it has one."""
+    if isinstance(run, Staged):
+        run.prepare()
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def run_once(run: Run) -> None:
+    prepare(run)
+    run()
+    synchronize()
+
+
+def wall_seconds(run: Run) -> float:
+    """Seconds of one run by the clock, the device's work included."""
+    prepare(run)
+    synchronize()
+    start = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - start
+
+
+class EventTimer:
+    """Seconds that the GPU takes for a run, with cold caches, and without a wait for the host.
+
+    A kernel of some 50 us takes longer to be called from Python than to run. So the GPU is first made to sleep, long
+    enough for the host to have queued all of the run when the first event passes; where it was not long enough, the run
+    is repeated with twice the sleep. Between the sleep and the first event the L2 cache is overwritten.
+    """
+
+    SHORTEST, LONGEST = 3e-4, 2e-2
+    CYCLES = 2e9  # a second; at slower clocks the sleep is only longer
+
+    def __init__(self) -> None:
+        size = 2 * torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+        self.other_data = torch.empty(size, dtype=torch.int8, device="cuda")
+        self.sleeps: dict[Run, float] = {}
+        self.waits_for_host: set[Run] = set()
+        """Runs whose time holds waits for the host, however long the sleep."""
+
+    def __call__(self, run: Run) -> float:
+        while True:
+            sleep = self.sleeps.setdefault(run, self.SHORTEST)
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            prepare(run)
+            torch.cuda.synchronize()
+            torch.cuda._sleep(int(sleep * self.CYCLES))
+            self.other_data.zero_()
+            start.record()
+            run()
+            end.record()
+            late = start.query()  # the GPU is past the sleep and may have waited
+            torch.cuda.synchronize()
+            if not late or run in self.waits_for_host:
+                return start.elapsed_time(end) / 1e3
+            if sleep >= self.LONGEST:
+                self.waits_for_host.add(run)
+                self.sleeps[run] = self.SHORTEST
+            else:
+                self.sleeps[run] = 2 * sleep
+
+
+def device_timer(device: torch.device) -> Timer:
+    """A timer for work on this device."""
+    return EventTimer() if device.type == "cuda" else wall_seconds
+
+
+def memory(run: Run, device: torch.device) -> dict[str, int]:
+    """Bytes that a run takes at its peak above what is there before it, and without its own results; {} on a CPU.
+
+    What `prepare` makes, such as what a forward saves for its backward, counts as there before it.
+    """
+    if device.type != "cuda":
+        run_once(run)
+        return {}
+    prepare(run)
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = run()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    return {"peak_bytes": peak, "extra_bytes": peak - sum(tensor.nbytes for tensor in tensors_in(result))}
+
+
+def tensors_in(result: Any) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    return [tensor for part in result for tensor in tensors_in(part)] if isinstance(result, (tuple, list)) else []

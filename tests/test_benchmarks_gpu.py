@@ -1,0 +1,125 @@
+"""`make bench-gpu`, rehearsed: it needs torch and triton alone, survives what fails, and publishes nothing of this."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+# Run at the start of every process: what a bare machine with a GPU lacks cannot be imported.
+BARE = """
+import sys
+for name in ("deepspeed", "pydantic", "xformers", "transformers", "pytest", "pytest_benchmark", "fused_beit.engine"):
+    sys.modules[name] = None
+"""
+HANG = """
+import time
+
+def hang(journal):
+    journal.add(doing="nothing")
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def run(root, tmp_path):
+    """Run Python with the kernels on its path by a link, as on a machine where nothing was installed."""
+    (tmp_path / "fused_beit").mkdir()
+    (tmp_path / "fused_beit" / "kernels").symlink_to(root / "kernels")
+    (tmp_path / "sitecustomize.py").write_text(BARE)
+    (tmp_path / "hang.py").write_text(HANG)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+
+    return run
+
+
+@pytest.fixture
+def rehearse(run, tmp_path):
+    """Run a rehearsal; returns the process, the JSON and its path."""
+
+    def rehearse(*arguments: str) -> tuple[subprocess.CompletedProcess, dict, Path]:
+        output = tmp_path / "output"
+        shown = run("-m", "benchmarks.gpu", "--rehearse", "--output", str(output), *arguments)
+        (path,) = output.glob("*/attention.json")
+        assert path.with_suffix(".txt").read_text() in shown.stdout
+        return shown, json.loads(path.read_text()), path
+
+    return rehearse
+
+
+def test_a_rehearsal_survives_what_is_planted_and_times_the_rest(run, rehearse):
+    planted = ["planted-wrong", "planted-out-of-memory", "planted-crash"]
+    providers = "triton,triton-accumulate,triton-two-kernels,sdpa,sdpa-apart,flash-no-bias,xformers"
+    shown, document, path = rehearse("--cases", "base", "--providers", providers, "--plant", ",".join(planted))
+    assert shown.returncode == 1, shown.stderr
+    assert document["finished"]
+    assert document["cases"]["base"]["failed"]
+    rows = {(row["direction"], row["provider"]): row for row in document["rows"]}
+    for direction in ("forward", "forward and backward", "backward"):
+        wrong, no_memory, crashed = [rows[direction, name] for name in planted]
+        assert "exceeds" in wrong["failed"]
+        assert no_memory["absent"].startswith("out of memory")
+        assert "signal 9" in crashed["failed"]
+        assert "not installed" in rows[direction, "xformers"]["absent"]
+        assert not any("median" in row for row in (wrong, no_memory, crashed))
+        for name in ("triton", "triton-accumulate", "triton-two-kernels", "sdpa", "sdpa-apart", "flash-no-bias"):
+            assert rows[direction, name]["median"] > 0, f"{name}, {direction}"
+    assert "tma family" in rows["forward", "triton"]["plan"]
+    assert [failure.split(":")[0] for failure in document["failed"]] == ["base, planted-wrong", "base, planted-crash"]
+    assert {target["verdict"] for target in document["targets"]} == {"rehearsed", "not measured"}
+    assert "MEAN NOTHING" in shown.stdout
+
+    refused = run("-c", f"from pathlib import Path; from benchmarks.results import load; load(Path({str(path)!r}))")
+    assert "are not for publishing" in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_whole_rehearsal_goes_well(rehearse):
+    shown, document, _ = rehearse()
+    assert shown.returncode == 0, shown.stderr
+    assert document["failed"] == []
+    timed = {row["provider"] for row in document["rows"] if "median" in row}
+    assert {"triton-any-order", "triton-workspace-16", "sdpa-unaligned", "reference"} <= timed
+
+
+def test_what_is_not_begun_in_time_is_left_out(rehearse):
+    shown, document, _ = rehearse("--minutes", "0")
+    assert shown.returncode == 0, shown.stderr
+    assert {row["absent"] for row in document["rows"]} == {"not reached in the time given"}
+    assert {target["verdict"] for target in document["targets"]} == {"not measured"}
+
+
+def test_a_process_that_hangs_is_given_up(run, tmp_path):
+    code = "from benchmarks.supervised import supervise; import hang, pathlib; "
+    code += f"print(supervise(hang.hang, journal=pathlib.Path({str(tmp_path / 'journal')!r}), silence=2, until=1e9))"
+    shown = run("-c", code)
+    assert "was silent for 2 s" in shown.stdout, shown.stderr
+    assert "'doing': 'nothing'" in shown.stdout
+
+
+def test_wrong_options_get_one_sentence(run):
+    wrong = {
+        ("--rehearse", "--cases", "tiny"): "there is no case 'tiny'; there are: base, n577",
+        ("--providers", "triton,spda"): "there is no provider 'spda'; there are: triton, triton-any-order",
+        ("--plant", "planted-wrong"): "--plant is for --rehearse",
+        ("--rehearse",): "--rehearse needs --output FOLDER",
+        ("--rehearse", "--output", "benchmarks/results"): "outside benchmarks/results",
+    }
+    code = "from benchmarks.gpu import main\n"
+    for options in wrong:
+        code += f"try: main({options!r})\nexcept SystemExit as error: print(error)\n"
+    shown = run("-c", code)
+    lines = shown.stdout.splitlines()
+    assert len(lines) == len(wrong), shown.stderr
+    for line, sentence in zip(lines, wrong.values(), strict=True):
+        assert line.startswith("error: ")
+        assert sentence in line
