@@ -1,5 +1,7 @@
 """Argument checks of the public operators: a wrong shape or dtype stops with what was expected and what came."""
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -37,3 +39,16 @@ def check_same_device(operator: str, first_name: str, first: Tensor, **tensors: 
             raise ValueError(
                 f"{operator}: {name} must be on {first.device} as {first_name} is, but is on {tensor.device}"
             )
+
+
+def check_determinism(operator: str, deterministic: bool) -> None:
+    """Heed torch.use_deterministic_algorithms: raise RuntimeError, or warn, as it says, unless `deterministic`."""
+    if deterministic or not torch.are_deterministic_algorithms_enabled():
+        return
+    message = (
+        f"{operator}: deterministic=False was asked for, but torch.use_deterministic_algorithms is on; "
+        f"leave deterministic=True"
+    )
+    if not torch.is_deterministic_algorithms_warn_only_enabled():
+        raise RuntimeError(message)
+    warnings.warn(message, stacklevel=3)

@@ -31,7 +31,7 @@ def load_tile(
     else:
         offs_row = row + tl.arange(0, ROWS)
         offs_col = col + tl.arange(0, COLS)
-        ptrs = _tile_ptrs(tensor, strides, i, j, offs_row, offs_col)
+        ptrs = _tile_ptrs(tensor, strides, i, j, row, col, ROWS, COLS)
         inside_row = offs_row[:, None] < NUM_ROWS
         inside_col = offs_col[None, :] < NUM_COLS
         if INSIDE and NUM_COLS == COLS:
@@ -67,7 +67,7 @@ def store_tile(
         offs_row = row + tl.arange(0, ROWS)
         offs_col = col + tl.arange(0, COLS)
         inside = (offs_row[:, None] < NUM_ROWS) & (offs_col[None, :] < NUM_COLS)
-        ptrs = _tile_ptrs(tensor, strides, i, j, offs_row, offs_col)
+        ptrs = _tile_ptrs(tensor, strides, i, j, row, col, ROWS, COLS)
         tl.store(ptrs, tile.to(tensor.dtype.element_ty), mask=inside)
 
 
@@ -89,11 +89,11 @@ def add_tile(
     offs_row = row + tl.arange(0, ROWS)
     offs_col = col + tl.arange(0, COLS)
     inside = (offs_row[:, None] < NUM_ROWS) & (offs_col[None, :] < NUM_COLS)
-    tl.atomic_add(_tile_ptrs(ptr, strides, i, j, offs_row, offs_col), tile, mask=inside, sem="relaxed")
+    tl.atomic_add(_tile_ptrs(ptr, strides, i, j, row, col, ROWS, COLS), tile, mask=inside, sem="relaxed")
 
 
 @triton.jit
-def _tile_ptrs(ptr, strides, i, j, offs_row, offs_col):
-    # In 64 bits: a batch may hold more than 2^31 numbers.
-    start = tl.cast(i, tl.int64) * strides[0] + tl.cast(j, tl.int64) * strides[1]
-    return ptr + start + offs_row[:, None] * strides[2] + offs_col[None, :]
+def _tile_ptrs(ptr, strides, i, j, row, col, ROWS: tl.constexpr, COLS: tl.constexpr):
+    # Where the tile starts in 64 bits, for a batch may hold more than 2^31 numbers; within the tile 32 do.
+    start = tl.cast(i, tl.int64) * strides[0] + tl.cast(j, tl.int64) * strides[1] + tl.cast(row, tl.int64) * strides[2]
+    return ptr + start + col + tl.arange(0, ROWS)[:, None] * strides[2] + tl.arange(0, COLS)[None, :]

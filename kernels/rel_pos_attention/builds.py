@@ -28,27 +28,28 @@ def launch_all(
     head_dim: int,
     *,
     deterministic: bool = True,
-    dtype: torch.dtype = torch.bfloat16,
     has_bias: bool = True,
     has_mask: bool = False,
 ) -> None:
     """Forward and backward of 8 pictures with 12 heads, on tensors that hold nothing."""
-    empty = partial(torch.empty, dtype=dtype, device="meta")
-    qkv = empty(8, num_tokens, 3, 12, head_dim).permute(2, 0, 3, 1, 4).unbind()
+    empty = partial(torch.empty, dtype=torch.bfloat16, device="meta")
+    q, k, v = empty(8, num_tokens, 3, 12, head_dim).permute(2, 0, 3, 1, 4).unbind()
     out = empty(8, num_tokens, 12, head_dim).transpose(1, 2)
     lse = empty(8, 12, num_tokens, dtype=torch.float32)
     bias = empty(12, num_tokens, num_tokens) if has_bias else None
     mask = empty(4, num_tokens, num_tokens) if has_mask else None
-    attention_fwd(*qkv, bias, mask, 0.125, out, lse)
+    attention_fwd(q, k, v, bias, mask, 0.125, out, lse)
     attention_bwd(
         out,
-        *qkv,
+        q,
+        k,
+        v,
         bias,
         mask,
         out,
         lse,
         0.125,
-        grad_qkv=qkv,
+        grad_qkv=(q, k, v),
         grad_bias=empty(12, num_tokens, num_tokens, dtype=torch.float32) if has_bias else None,
         add_to_bias=False,
         deterministic=deterministic,

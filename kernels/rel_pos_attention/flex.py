@@ -66,6 +66,11 @@ def attention_flex(
         return _compiled()(q_BHND, k_BHND, v_BHND, score_mod=score_mod, scale=scale)
     from torch.nn.attention.flex_attention import flex_attention
 
+    q_BHND, k_BHND, v_BHND = (
+        q_BHND.detach(),
+        k_BHND.detach(),
+        v_BHND.detach(),
+    )  # torch does not ask whether grads are on
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it holds the scores, uncompiled: compiling takes longer than it saves
         return flex_attention(q_BHND, k_BHND, v_BHND, score_mod=score_mod, scale=scale)

@@ -55,10 +55,13 @@ class _Call:
         self.device = q.device
         self.scale = scale
         self.bias = None if bias is None else align_rows(bias, q.dtype)[None]
+        if mask is not None and mask.stride(-1) != 1:
+            mask = mask.contiguous()
         self.mask = None if mask is None else mask.expand(-1, self.num_tokens, -1)[:, None]
         self.acc = tl.float64 if q.dtype is torch.float64 else tl.float32
-        # fp32 is exact unless torch was told that its products need not be.
-        self.precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        # fp32 is exact unless torch was told that its products need not be; half precision is not asked.
+        exact = q.dtype is not torch.float32 or not torch.backends.cuda.matmul.allow_tf32
+        self.precision = "ieee" if exact else "tf32"
 
     def rows(self, tensor: Tensor | None, block: int) -> object:
         """Tiles of `block` tokens of a tensor [B, H, N, D]; nothing where there is no tensor or no such tile."""
@@ -167,7 +170,7 @@ def attention_bwd(
     # Passes add to one another, in more digits than half precision has.
     total = grad_bias
     if grad_bias is not None and pictures_a_pass < call.batch:
-        total = grad_bias.to(accumulate_dtype(grad_bias.dtype))
+        total = grad_bias.to(accumulate_dtype(torch.promote_types(grad_bias.dtype, q.dtype)))
 
     def give(block_rows: int, block_cols: int) -> object:
         """Where tiles of grad_scores go; atomics take a pointer."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from .._triton.target import why_unavailable
 from ..impl import AUTO, Impl, Operator, Resolved
 from ..precision import accumulate_dtype, compute_dtype
-from ..validation import check_float, check_same_device, check_shape
+from ..validation import check_determinism, check_float, check_same_device, check_shape
 from .flex import attention_flex, why_no_flex
 from .reference import attention_reference
 from .sdpa import attention_sdpa
@@ -196,17 +196,14 @@ def _checked(
     if accumulate_into is not None:
         check_shape(name, "accumulate_into", accumulate_into, num_heads, num_tokens, num_tokens)
         wanted = accumulate_dtype(first.dtype)
-        if bias is None or accumulate_into.dtype != wanted or not accumulate_into.is_contiguous():
+        fits = accumulate_into.dtype == wanted and accumulate_into.is_contiguous() and not accumulate_into.requires_grad
+        if bias is None or not fits:
             raise ValueError(
-                f"{name}: accumulate_into must be contiguous, {wanted}, and come with a bias, but it is "
-                f"{accumulate_into.dtype} with strides {tuple(accumulate_into.stride())}, and bias is "
-                f"{'None' if bias is None else 'given'}"
+                f"{name}: accumulate_into must be contiguous, {wanted}, without a gradient of its own, and come with a "
+                f"bias, but it is {accumulate_into.dtype} with strides {tuple(accumulate_into.stride())} and "
+                f"requires_grad={accumulate_into.requires_grad}, and bias is {'None' if bias is None else 'given'}"
             )
-    if not deterministic and torch.are_deterministic_algorithms_enabled():
-        raise RuntimeError(
-            f"{name}: deterministic=False was asked for, but torch.use_deterministic_algorithms is on; "
-            f"leave deterministic=True"
-        )
+    check_determinism(name, deterministic)
     if mask is None:
         return None
     if mask.dim() == 2:

@@ -1,7 +1,11 @@
 """Which kernels run with which tiles: pinned for each architecture, head size and dtype. Nothing is searched for.
 
-Two families. `tma`, for sm_90 and later: descriptors, whose loads cost no registers for addresses and masks, wgmma, and
-the fused backward. `pointer`, for everything else: small tiles. README.md tells where the numbers come from.
+Two families. `tma`, for sm_90 and later in half precision: descriptors, whose loads cost no registers for addresses and
+masks, wgmma, and on sm_90 the fused backward. `pointer`, for everything else, with tiles of its own on AMD.
+
+The tiles were chosen from what Triton 3.9.0 compiles them to, which RESOURCES.md lists, and are not timed on a GPU yet:
+first no stack, which is registers kept in memory; then few bytes loaded for the work of a tile, and as many warps on a
+processor as the registers allow.
 """
 
 import contextlib
@@ -41,19 +45,40 @@ class Plan(NamedTuple):
         return f"{self.arch}, {'tma' if self.tma else 'pointer'} family: {', '.join(words)}"
 
 
-# (head size at most, bytes of an element at most) -> forward, backward of q, backward of k and v.
-POINTER = {
-    (64, 2): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
-    (128, 2): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
-    (64, 8): (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-    (128, 8): (Tile(32, 16, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1)),
+# Head size at most -> forward, backward of q, backward of k and v.
+Tiles = dict[int, tuple[Tile, Tile, Tile]]
+
+# 128 queries by 8 warps and 64 by 4 keep as many rows at work on a processor (256 in the forward, at 64 channels), and
+# pad 197 and 577 alike. But 128 read k and v of a picture's head (50 KB at 197 tokens) twice, and 64 four times.
+# At 128 channels only one program of 128 queries fits, with none beside it to work while it waits.
+TMA: Tiles = {
+    64: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(32, 128, 8, 1)),
+    128: (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(32, 64, 4, 1)),
 }
-TMA = {
-    (64, 2): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
-    (128, 2): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
-}
+# 8 warps compute grad_q twice, once for each half of 128 keys: 138 wgmma where 4 warps need 110 for their 64 keys. But
+# those take 40 bytes of stack, and read q and grad_out of a picture's head (50 KB) four times, not twice.
+# On sm_100 it is left out: Triton 3.9.0 fits it into the 512 columns of tensor memory, but 3.6 and 3.7 want 1440.
 FUSED = Tile(32, 128, 8, 1)
 FUSED_TOKENS = range(64, 225)
+
+POINTER: Tiles = {
+    64: (Tile(128, 64, 8, 2), Tile(128, 32, 8, 2), Tile(32, 64, 4, 1)),
+    128: (Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(32, 32, 8, 1)),
+}
+# fp32, and float64 in the interpreter.
+POINTER_FP32: Tiles = {
+    64: (Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(32, 32, 4, 1)),
+    128: (Tile(32, 32, 8, 1), Tile(32, 32, 16, 1), Tile(32, 32, 8, 1)),
+}
+# A thread has twice the registers, and a program 64 KiB of shared memory.
+AMD: Tiles = {
+    64: (Tile(64, 64, 4, 1), Tile(64, 64, 4, 1), Tile(32, 64, 4, 1)),
+    128: (Tile(64, 32, 4, 1), Tile(64, 32, 4, 1), Tile(32, 64, 4, 1)),
+}
+AMD_FP32: Tiles = {
+    64: (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    128: (Tile(32, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+}
 
 _pinned: Plan | None = None
 
@@ -67,10 +92,16 @@ def attention_plan(arch: str, num_tokens: int, head_dim: int, dtype: torch.dtype
     """
     if _pinned is not None:
         return _pinned
-    tma = tma and has_tma(arch) and dtype.itemsize == 2
-    table = TMA if tma else POINTER
-    tiles = table[64 if head_dim <= 64 else 128, 2 if dtype.itemsize == 2 else 8]
-    fused = FUSED if tma and head_dim <= 64 and num_tokens in FUSED_TOKENS else None
+    half = dtype.itemsize == 2
+    tma = tma and half and has_tma(arch)
+    if arch.startswith("gfx"):
+        table = AMD if half else AMD_FP32
+    elif tma:
+        table = TMA
+    else:
+        table = POINTER if half else POINTER_FP32
+    tiles = table[64 if head_dim <= 64 else 128]
+    fused = FUSED if tma and arch == "sm_90" and head_dim <= 64 and num_tokens in FUSED_TOKENS else None
     return Plan(arch, tma, *tiles, fused)
 
 

@@ -39,7 +39,8 @@ def tile_scores(
     if HAS_BIAS:
         scores += load_tile(bias, bias_strides, 0, h, start_m, start_n, N, N, ROWS, COLS, TMA).to(ACC)
     if HAS_MASK:
-        scores += load_tile(mask_ptr, mask_strides, w, 0, start_m, start_n, N, N, ROWS, COLS, False).to(ACC)
+        tile = load_tile(mask_ptr, mask_strides, w, 0, start_m, start_n, N, N, ROWS, COLS, False)
+        scores += _bounded(tile.to(ACC))
     if TAIL:
         scores = tl.where((start_n + tl.arange(0, COLS) < N)[None, :], scores, float("-inf"))
     return scores
@@ -75,10 +76,16 @@ def tile_scores_transposed(
         scores += tl.trans(tile).to(ACC)
     if HAS_MASK:
         tile = load_tile(mask_ptr, mask_strides, w, 0, start_m, start_n, N, N, ROWS, COLS, False)
-        scores += tl.trans(tile).to(ACC)
+        scores += _bounded(tl.trans(tile).to(ACC))
     if TAIL:
         scores = tl.where((start_n + tl.arange(0, COLS) < N)[:, None], scores, float("-inf"))
     return scores
+
+
+@triton.jit
+def _bounded(mask_tile):
+    """A mask of the lowest number of bf16, as some models have, would overflow when scaled to base 2; -inf does not."""
+    return tl.where(mask_tile == float("-inf"), mask_tile, tl.maximum(mask_tile, -1e38))
 
 
 @triton.jit

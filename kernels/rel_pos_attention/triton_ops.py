@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._triton.descriptors import tma_can_read
 from .._triton.target import why_unavailable
 from ..impl import ImplUnavailable
 from ..precision import compute_dtype
+from ..validation import check_determinism
 
 HEAD_DIM_STEP = 8
 LARGEST_HEAD_DIM = 128
@@ -147,8 +149,8 @@ def _backward(
     """Fill `grad_qkv`, a list of the form of qkv or empty, and `grad_bias`, where they are wanted."""
     from .launch import attention_bwd
 
-    if grad_out.stride(-1) != 1:
-        grad_out = grad_out.contiguous()
+    if not tma_can_read(grad_out):
+        grad_out = grad_out.contiguous()  # a gradient expanded over pictures, of a sum for one
     attention_bwd(
         grad_out.transpose(1, 2),
         *_split(qkv),
@@ -173,11 +175,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _grads(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
     bias, mask, accumulate_into, out, lse, *qkv = ctx.saved_tensors
     wants, want_bias, *_ = ctx.needs_input_grad
+    check_determinism("attention", ctx.deterministic)
     grad_qkv: list[Tensor] = []
     if any(wants):
         packed = len(qkv) == 1
         grad_qkv = [qkv[0].new_empty(qkv[0].shape)] if packed else [_empty_like_heads(tensor) for tensor in qkv]
-    own_grad_bias = bias.new_zeros(bias.shape) if want_bias and accumulate_into is None else None
+    own_grad_bias = None
+    if want_bias and accumulate_into is None:
+        own_grad_bias = bias.new_empty(bias.shape) if out.numel() else bias.new_zeros(bias.shape)
     grad_bias = accumulate_into if want_bias and accumulate_into is not None else own_grad_bias
     if out.numel() and (grad_qkv or want_bias):
         torch.ops.fused_beit.attention_bwd(

@@ -1,0 +1,373 @@
+"""What every implementation of attention must do with masks, strides, a shared gradient, and what it cannot do."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from triton_families import NEEDS_INTERPRETER, exact_products  # noqa: F401
+
+from fused_beit.kernels import ImplUnavailable, RelativePositionBias, attention, rel_pos_attention
+from fused_beit.kernels.testing import (
+    assert_no_worse_than_eager,
+    outputs_and_grads,
+    rel_pos_attention_inputs,
+)
+
+TRITON = pytest.param("triton", marks=NEEDS_INTERPRETER)
+IMPLS = ["reference", "sdpa", TRITON]
+NUM_TOKENS = 7
+
+
+def inputs_of(batch, *, dtype=torch.float64, bias=True):
+    return rel_pos_attention_inputs(batch, NUM_TOKENS, 2, 8, dtype=dtype, bias=bias)
+
+
+def attention_by_pictures(qkv, bias, masks, scale):
+    """One picture after another, each with a mask of its own; `masks` is a list of [N, N], numbers to add."""
+    outputs = []
+    for picture, mask in zip(qkv, masks, strict=True):
+        q, k, v = picture.permute(1, 2, 0, 3)
+        scores = scale * q @ k.transpose(-2, -1) + mask
+        if bias is not None:
+            scores = scores + bias
+        outputs.append((scores.softmax(-1) @ v).transpose(0, 1).flatten(1))
+    return torch.stack(outputs)
+
+
+def assert_close(found, expected):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "flex"])
+@pytest.mark.parametrize("kind", ["bool", "float"])
+@pytest.mark.parametrize("shape", ["N,N", "1,N,N", "2,N,N", "4,N,N", "1,1,N", "2,1,N"])
+def test_picture_b_uses_mask_b_modulo_their_number(shape, kind, impl):
+    sizes = [NUM_TOKENS if size == "N" else int(size) for size in shape.split(",")]
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.randn(sizes, generator=generator, dtype=torch.float64)
+    if kind == "bool":
+        mask = mask > 0
+        mask[..., 2] = True  # no query without keys
+    added = torch.zeros(sizes, dtype=torch.float64).masked_fill(~mask, float("-inf")) if kind == "bool" else mask
+    added = added.expand(1, *sizes) if len(sizes) == 2 else added
+    masks = [added[b % added.shape[0]].expand(NUM_TOKENS, NUM_TOKENS) for b in range(4)]
+    inputs = rel_pos_attention_inputs(4, NUM_TOKENS, 1, 8, dtype=torch.float64)
+    if impl == "flex":  # it has no backward on a CPU
+        out = rel_pos_attention(**inputs, mask=mask, scale=0.3, impl=impl)
+        torch.testing.assert_close(out, attention_by_pictures(**inputs, masks=masks, scale=0.3))
+        return
+    found = outputs_and_grads(lambda qkv, bias: rel_pos_attention(qkv, bias, mask=mask, scale=0.3, impl=impl), inputs)
+    assert_close(found, outputs_and_grads(lambda qkv, bias: attention_by_pictures(qkv, bias, masks, 0.3), inputs))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_shifted_windows_are_masked_as_in_swin(impl):
+    """Windows of 4 patches of one row of 8, shifted by 2: the last window of a picture holds both ends of the row."""
+    part = torch.tensor([[0, 0, 0, 0], [1, 1, 2, 2]])  # [windows, patches]: what belongs together
+    mask = part[:, :, None] == part[:, None, :]
+    qkv = rel_pos_attention_inputs(4, 4, 1, 8, dtype=torch.float64)["qkv"]  # window w of picture p is row 2 p + w
+    out = rel_pos_attention(qkv, None, mask=mask, impl=impl)
+    for row in (1, 3):
+        for half in (slice(0, 2), slice(2, 4)):
+            alone = rel_pos_attention(qkv[row : row + 1, half], None, impl="reference")
+            torch.testing.assert_close(out[row : row + 1, half], alone)
+    torch.testing.assert_close(out[::2], rel_pos_attention(qkv[::2], None, impl="reference"))
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, "flex"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_query_whose_keys_are_all_masked_gives_zeros(dtype, impl):
+    mask = torch.ones(2, NUM_TOKENS, NUM_TOKENS, dtype=torch.bool)
+    mask[0, 3] = False
+    mask[1] = False
+    out = rel_pos_attention(**inputs_of(2, dtype=dtype), mask=mask, impl=impl)
+    assert out.isfinite().all()
+    assert not out[0, 3].any()
+    assert not out[1].any()
+    assert out[0, :3].any(-1).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_query_whose_keys_are_all_masked_has_gradients_of_zero(dtype, impl):
+    mask = torch.ones(2, NUM_TOKENS, NUM_TOKENS, dtype=torch.bool)
+    mask[0, 3] = False
+    mask[1] = False
+    inputs = inputs_of(2, dtype=dtype)
+    found = outputs_and_grads(lambda qkv, bias: rel_pos_attention(qkv, bias, mask=mask, impl=impl), inputs)
+    assert all(tensor.isfinite().all() for tensor in found.values())
+    assert not found["grad qkv"][0, 3, 0].any()
+    assert not found["grad qkv"][1].any()
+    assert not found["grad bias"][:, 3].any()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_mask_in_fp32_serves_half_precision(impl):
+    mask = torch.randn(1, 1, NUM_TOKENS, generator=torch.Generator().manual_seed(0)).half()
+    inputs = inputs_of(2, dtype=torch.float16)
+    in_half = outputs_and_grads(lambda qkv, bias: rel_pos_attention(qkv, bias, mask=mask, impl=impl), inputs)
+    in_fp32 = outputs_and_grads(lambda qkv, bias: rel_pos_attention(qkv, bias, mask=mask.float(), impl=impl), inputs)
+    assert all(torch.equal(in_half[name], in_fp32[name]) for name in in_half)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("of_model", ["timm", "transposed", "shared key and value", "slices"])
+def test_query_key_and_value_may_have_the_strides_of_other_models(of_model, impl):
+    def views(qkv):  # [B, N, 3, H, D]
+        if of_model == "timm":
+            return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        if of_model == "transposed":
+            return [tensor.contiguous().transpose(1, 2) for tensor in qkv.unbind(2)]
+        if of_model == "slices":
+            return [tensor[..., :8] for tensor in torch.cat([qkv, qkv], -1).permute(2, 0, 3, 1, 4)]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        return q, k[:, :1].expand(q.shape), v[:, :1].expand(q.shape)  # one head for all queries, with stride 0
+
+    def function(impl, layout):
+        return lambda qkv, bias: attention(*map(layout, views(qkv)), bias, impl=impl)
+
+    inputs = inputs_of(2)
+    found = outputs_and_grads(function(impl, lambda tensor: tensor), inputs)
+    assert_close(found, outputs_and_grads(function("reference", torch.Tensor.contiguous), inputs))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_both_operators_are_one(impl):
+    inputs = inputs_of(2, dtype=torch.float32)
+
+    def apart(qkv, bias):
+        return attention(*qkv.permute(2, 0, 3, 1, 4), bias, impl=impl).transpose(1, 2).flatten(2)
+
+    packed = outputs_and_grads(lambda qkv, bias: rel_pos_attention(qkv, bias, impl=impl), inputs)
+    found = outputs_and_grads(apart, inputs)
+    assert all(torch.equal(found[name], packed[name]) for name in packed)
+
+
+@NEEDS_INTERPRETER
+def test_triton_leaves_the_heads_of_a_token_side_by_side():
+    out = attention(*inputs_of(2)["qkv"].permute(2, 0, 3, 1, 4), impl="triton")
+    assert out.transpose(1, 2).is_contiguous()
+
+
+@NEEDS_INTERPRETER
+def test_triton_refuses_channels_that_are_not_side_by_side():
+    q, k, v = inputs_of(2)["qkv"].permute(2, 0, 3, 1, 4)
+    k = k.transpose(-2, -1).contiguous().transpose(-2, -1)
+    with pytest.raises(
+        ValueError, match=r"last stride of 1, but got strides \(112, 56, 1, 7\) for shape \[2, 2, 7, 8\]"
+    ):
+        attention(q, k, v, impl="triton")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_gradient_of_many_layers_is_added_to_what_is_there(impl):
+    inputs = inputs_of(2)
+    options = {"impl": impl}
+    expected = outputs_and_grads(lambda qkv, bias: rel_pos_attention(qkv, bias, **options), inputs)
+    gradient = torch.full((2, NUM_TOKENS, NUM_TOKENS), 5.0, dtype=torch.float64)
+    for _ in range(2):
+        found = outputs_and_grads(
+            lambda qkv, bias: rel_pos_attention(qkv, bias, accumulate_into=gradient, **options), inputs
+        )
+        assert "grad bias" not in found
+        torch.testing.assert_close(found["grad qkv"], expected["grad qkv"], rtol=0, atol=0)
+    torch.testing.assert_close(gradient, 5 + 2 * expected["grad bias"], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_gradient_of_many_layers_is_kept_in_fp32(dtype, impl):
+    inputs = inputs_of(3, dtype=dtype)
+    gradient = torch.zeros(2, NUM_TOKENS, NUM_TOKENS)
+    outputs_and_grads(lambda qkv, bias: rel_pos_attention(qkv, bias, accumulate_into=gradient, impl=impl), inputs)
+    double = {name: tensor.double() for name, tensor in inputs.items()}
+    eager, exact = (outputs_and_grads(rel_pos_attention, given)["grad bias"] for given in (inputs, double))
+    assert_no_worse_than_eager("gradient", gradient.to(dtype), eager, exact)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_frozen_bias_leaves_the_gradient_of_many_layers_alone(impl):
+    inputs = inputs_of(2)
+    gradient = torch.ones(2, NUM_TOKENS, NUM_TOKENS, dtype=torch.float64)
+    qkv = inputs["qkv"].requires_grad_()
+    rel_pos_attention(qkv, inputs["bias"], accumulate_into=gradient, impl=impl).sum().backward()
+    assert torch.equal(gradient, torch.ones_like(gradient))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_gradient_of_a_shared_table_equals_that_of_a_plain_one(impl):
+    module = RelativePositionBias((2, 3), 2)
+    torch.nn.init.normal_(module.relative_position_bias_table)
+    qkv = inputs_of(2)["qkv"]
+
+    def gradient(dense, **options):
+        x = qkv
+        for _ in range(3):
+            x = qkv * rel_pos_attention(x, dense, impl=impl, **options).unflatten(2, (1, 2, 8))
+        module.zero_grad()
+        x.sum().backward()
+        return module.relative_position_bias_table.grad.clone()
+
+    module.double()
+    plain = gradient(module())
+    shared = module.shared()
+    torch.testing.assert_close(gradient(shared.bias, accumulate_into=shared.gradient), plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_pictures_give_no_rows_and_gradients_of_zero(impl):
+    empty = inputs_of(0)
+    mask = torch.zeros(2, 1, NUM_TOKENS)
+    found = outputs_and_grads(lambda qkv, bias: rel_pos_attention(qkv, bias, mask=mask, impl=impl), empty)
+    assert found["output 0"].shape == (0, NUM_TOKENS, 16)
+    assert found["grad qkv"].shape == empty["qkv"].shape
+    zeros = torch.zeros_like(empty["bias"])
+    # Torch's own attention then says by None that the bias has no gradient.
+    assert torch.equal(found.get("grad bias", zeros) if impl == "sdpa" else found["grad bias"], zeros)
+
+
+def test_flex_on_a_cpu_is_no_worse_than_eager_torch():
+    mask = torch.randn(3, 1, NUM_TOKENS, generator=torch.Generator().manual_seed(0))
+    inputs = inputs_of(3, dtype=torch.float32)
+    double = {name: tensor.double() for name, tensor in inputs.items()}
+    out, eager = (rel_pos_attention(**inputs, mask=mask, impl=impl) for impl in ("flex", "reference"))
+    exact = rel_pos_attention(**double, mask=mask.double(), impl="reference")
+    assert_no_worse_than_eager("output", out, eager, exact)
+
+
+@pytest.mark.parametrize("learned", ["qkv", "bias"])
+def test_flex_on_a_cpu_refuses_a_gradient(learned):
+    inputs = inputs_of(2)
+    inputs[learned].requires_grad_()
+    with pytest.raises(ImplUnavailable, match=r"impl='flex' was asked for, but FlexAttention has no backward on a CPU"):
+        rel_pos_attention(**inputs, impl="flex")
+
+
+def test_flex_on_a_cpu_runs_a_model_without_gradients():
+    inputs = inputs_of(2)
+    inputs["qkv"].requires_grad_()
+    with torch.no_grad():
+        out = rel_pos_attention(**inputs, impl="flex")
+    torch.testing.assert_close(out, rel_pos_attention(**inputs, impl="reference").detach())
+
+
+def test_xformers_is_refused_on_a_cpu_with_the_reason():
+    missing = importlib.util.find_spec("xformers") is None
+    why = r"xformers is not installed \(pip install xformers\)" if missing else "xformers has no operator for cpu"
+    with pytest.raises(ImplUnavailable, match=f"impl='xformers' was asked for, but {why}"):
+        rel_pos_attention(**inputs_of(2), impl="xformers")
+
+
+@NEEDS_INTERPRETER
+@pytest.mark.parametrize("head_dim", [4, 12, 136])
+def test_triton_refuses_heads_of_other_sizes(head_dim):
+    inputs = rel_pos_attention_inputs(1, 5, 1, head_dim)
+    with pytest.raises(ValueError, match=f"a multiple of 8 channels, at most 128, but they have {head_dim}; use impl="):
+        rel_pos_attention(**inputs, impl="triton")
+
+
+@NEEDS_INTERPRETER
+def test_triton_refuses_bf16_in_its_interpreter():
+    inputs = inputs_of(2, dtype=torch.bfloat16)
+    with pytest.raises(ImplUnavailable, match="interpreter computes bfloat16 wrongly; use float32 or float16 there"):
+        rel_pos_attention(**inputs, impl="triton")
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(ImplUnavailable, match="attention: impl='triton' was asked for, but Triton's interpreter"),
+    ):
+        attention(*inputs_of(2, dtype=torch.float32)["qkv"].permute(2, 0, 3, 1, 4), impl="triton")
+
+
+@pytest.mark.parametrize(
+    ("before", "why"),
+    [
+        ("pass", "Triton needs a GPU, but the tensors are on cpu; TRITON_INTERPRET=1 runs it slowly anywhere"),
+        ("import sys; sys.modules['triton'] = None", "triton is not installed"),
+    ],
+    ids=["no GPU", "no triton"],
+)
+def test_where_triton_cannot_run_it_is_refused_with_the_reason(before, why):
+    script = f"""{before}
+import torch
+from fused_beit.kernels import ImplUnavailable, attention, rel_pos_attention
+try:
+    rel_pos_attention(torch.zeros(1, 5, 3, 1, 8), None, impl="triton")
+except ImplUnavailable as error:
+    print(error)
+try:
+    attention(*torch.zeros(3, 1, 1, 5, 8), impl="triton")
+except ImplUnavailable as error:
+    print(error)
+print(rel_pos_attention(torch.zeros(1, 5, 3, 1, 8), None).sum().item())
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    refused = [f"{name}: impl='triton' was asked for, but {why}" for name in ("rel_pos_attention", "attention")]
+    assert done.stdout.splitlines() == [*refused, "0.0"]
+
+
+def test_in_no_fixed_order_is_refused_where_torch_must_be_deterministic():
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError, match=r"deterministic=False was asked for, but .*; leave deterministic=True"):
+            rel_pos_attention(**inputs_of(2), deterministic=False)
+        assert rel_pos_attention(**inputs_of(2)).isfinite().all()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def numbers(*shape, dtype=torch.float32):
+    return torch.zeros(shape, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"k": numbers(2, 2, 7, 4)}, ValueError, r"k must have shape \[2, 2, 7, 8\], but has \[2, 2, 7, 4\]"),
+        ({"v": numbers(2, 2, 5, 8)}, ValueError, r"v must have shape \[2, 2, 7, 8\], but has \[2, 2, 5, 8\]"),
+        ({"q": numbers(2, 7, 8)}, ValueError, r"q must have shape \[B, H, N, D\], but has \[2, 7, 8\]"),
+        (
+            {"k": numbers(2, 2, 7, 8, dtype=torch.float16)},
+            TypeError,
+            "q, k and v must have one dtype, but have torch.float32, torch.float16 and torch.float32",
+        ),
+        ({"v": torch.zeros(2, 2, 7, 8, device="meta")}, ValueError, "v must be on cpu as q is, but is on meta"),
+        ({"bias": numbers(1, 7, 7)}, ValueError, r"bias must have shape \[2, 7, 7\], but has \[1, 7, 7\]"),
+        ({"mask": numbers(6, 7)}, ValueError, r"mask must have shape \[7, 7\], .* a divisor of 2, but has \[1, 6, 7\]"),
+        ({"mask": numbers(2, 7, 6)}, ValueError, r"\[W, 1, 7\] with W a divisor of 2, but has \[2, 7, 6\]"),
+        ({"mask": numbers(3, 7, 7)}, ValueError, r"with W a divisor of 2, but has \[3, 7, 7\]"),
+        ({"mask": numbers(0, 7, 7)}, ValueError, r"with W a divisor of 2, but has \[0, 7, 7\]"),
+        ({"mask": numbers(7, 7).requires_grad_()}, ValueError, "mask gets no gradient, .* learned belongs into bias"),
+        ({"mask": numbers(7, 7).long()}, TypeError, "mask must be a floating-point tensor, but is torch.int64"),
+        ({"mask": torch.zeros(7, 7, device="meta")}, ValueError, "mask must be on cpu as q is, but is on meta"),
+        (
+            {"accumulate_into": numbers(2, 7, 6)},
+            ValueError,
+            r"accumulate_into must have shape \[2, 7, 7\], but has \[2, 7, 6\]",
+        ),
+        (
+            {"accumulate_into": numbers(2, 7, 7, dtype=torch.float16)},
+            ValueError,
+            "accumulate_into must be contiguous, torch.float32, without a gradient.*but it is torch.float16",
+        ),
+        (
+            {"accumulate_into": numbers(2, 7, 7).transpose(1, 2)},
+            ValueError,
+            r"it is torch.float32 with strides \(49, 1, 7\) and requires_grad=False, and bias is given",
+        ),
+        ({"accumulate_into": numbers(2, 7, 7), "bias": None}, ValueError, "and bias is None"),
+        ({"impl": "nonsense"}, ImplUnavailable, "available: auto, reference, sdpa, xformers, flex, triton"),
+    ],
+)
+def test_wrong_arguments_are_refused_with_what_was_expected(change, error, message):
+    arguments = {name: numbers(2, 2, NUM_TOKENS, 8) for name in "qkv"} | {"bias": numbers(2, NUM_TOKENS, NUM_TOKENS)}
+    with pytest.raises(error, match=message):
+        attention(**arguments | change)
