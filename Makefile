@@ -19,7 +19,7 @@ HAS_GPU := $(shell (nvidia-smi -L 2>/dev/null || ls /dev/nvidia0 2>/dev/null) | 
 CONSTRAINT := $(if $(HAS_GPU),,--constraint constraints-cpu.txt)
 INSTALL_INPUTS := setup.py pyproject.toml constraints-cpu.txt
 
-.PHONY: help .venv .venv-peers pretrain test test-all test-gpu lint bench-smoke bench bench-gpu peers clean
+.PHONY: help .venv .venv-peers pretrain test test-all test-gpu lint kernel-report bench-smoke bench bench-gpu peers clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | column -t -s '|'
@@ -52,6 +52,9 @@ lint: .venv/installed  ## ruff and mypy
 	@ln -sfn ../../../kernels build/types/fused_beit/kernels
 	@ln -sfn ../../../engine build/types/fused_beit/engine
 	$(BIN)/mypy
+
+kernel-report: .venv/installed  ## what the compiler makes of the kernels, to RESOURCES.md; ARGS=--check compares
+	env -u TRITON_INTERPRET $(BIN)/python -m fused_beit.kernels.report $(ARGS)
 
 bench-smoke: .venv/installed  ## every benchmark once at a small size; its times mean nothing
 	$(BIN)/pytest benchmarks/ --benchmark-only --sizes smoke $(ARGS)

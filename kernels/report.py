@@ -1,10 +1,10 @@
 """What the compiler makes of the pinned kernels: a table in the folder of each operator, RESOURCES.md. Needs no GPU.
 
-    python -m fused_beit.kernels.report           compile everything and write the tables
-    python -m fused_beit.kernels.report --check   compile and compare with the tables; 1 where they differ
+python -m fused_beit.kernels.report           compile everything and write the tables
+python -m fused_beit.kernels.report --check   compile and compare with the tables; 1 where they differ
 
-    --only "sm_90 N=197 D=64" ...   only these rows of the tables, with --check
-    --json                          what was compiled goes to stdout, an object for each row
+--only "sm_90 N=197 D=64" ...   only these rows of the tables, with --check
+--json                          what was compiled goes to stdout, an object for each row
 """
 
 import argparse
@@ -32,15 +32,16 @@ HEAD = """\
 Compiled ahead of time in bf16 by Triton {version}; nothing here was run. Written by `make kernel-report`.
 
 - build: how the gradient of the bias is summed over the pictures; of `atomics` only kernels that differ are listed
-- registers, stack: of a thread, the stack in bytes. A stack means registers kept in memory, and spills are the loads and
-  stores of it (on AMD the registers kept there)
-- shared: KiB of a program
+- registers, stack (bytes): of a thread. A stack is registers kept in memory; spills are its loads and stores
+  (on AMD the registers kept there)
+- shared: KiB of a program; tensor: columns of the tensor memory that sm_100 has
 - wgmma, mma, TMA, atomics: instructions in the code, not as often as they run. wgmma: those of tensor memory on sm_100;
   mma: MFMA on AMD; atomics: additions of floating-point numbers
-- programs: as many as a multiprocessor holds at once, by registers, warps and shared memory; for AMD not estimated
+- fit: as many programs as a multiprocessor holds at once, by registers, warps, shared and tensor memory; for AMD not
+  estimated
 
-| arch | shape | kernel | build | warps | registers | stack | shared | wgmma | mma | TMA | spills | atomics | programs |
-|---|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|
+| arch | shape | kernel | build | warps | regs | stack | shared | tensor | wgmma | mma | TMA | spill | atomics | fit |
+|---|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|
 """
 
 
@@ -52,7 +53,7 @@ class Row(NamedTuple):
 
     def markdown(self) -> str:
         arch, shape, build, _ = self.case
-        kernel, warps, registers, stack, shared, *counts, programs = self.resources
+        kernel, warps, registers, stack, shared, *counts, programs, _ = self.resources
         cells = (arch, shape, kernel, build, warps, registers, stack, f"{shared / 1024:.1f}", *counts, programs or "-")
         return f"| {' | '.join(map(str, cells))} |"
 
@@ -62,12 +63,16 @@ class Row(NamedTuple):
 
     def broken_rules(self) -> list[str]:
         """What must hold of any kernel, whatever the version of Triton."""
-        from ._triton.ahead_of_time import SHARED_LIMIT
+        from ._triton.ahead_of_time import SHARED_LIMIT, TENSOR_MEMORY_LIMIT
 
         arch, limit = self.case.arch, SHARED_LIMIT[self.case.arch]
         broken = []
         if self.resources.shared > limit * 1024:
             broken.append(f"more than the {limit} KiB of shared memory that a program can have")
+        if self.resources.tensor_memory > TENSOR_MEMORY_LIMIT:
+            broken.append(f"more than the {TENSOR_MEMORY_LIMIT} columns of tensor memory that there are")
+        if self.resources.trapped:
+            broken.append("it does nothing but stop")
         if arch == "sm_90" and self.resources.stack:
             broken.append("registers in memory")
         if arch == "sm_90" and self.resources.mma and not self.resources.wgmma:
@@ -105,20 +110,20 @@ def table(version: str, rows: list[Row]) -> str:
     return HEAD.format(version=version) + "".join(row.markdown() + "\n" for row in rows)
 
 
-def differences(path: Path, rows: list[Row], *, complete: bool) -> list[str]:
-    """Rows of the file that are not so any more (-), and what they are (+)."""
-    kept = path.read_text().splitlines()
-    kept = [line for line in kept if line.startswith(("| sm_", "| gfx"))]
-    fresh = [row.markdown() for row in rows]
-    starts = tuple(f"| {row.case.arch} | {row.case.shape} |" for row in rows)
-    gone = [line for line in kept if line not in fresh and (complete or line.startswith(starts))]
-    return [f"- {line}" for line in gone] + [f"+ {line}" for line in fresh if line not in kept]
+def differences(text: str, compiled: list[str], only: list[str] | None = None) -> list[str]:
+    """Lines of a table, or only some, that are not so any more (-), and what they are (+)."""
+    kept = [line for line in text.splitlines() if line.startswith(("| sm_", "| gfx"))]
+    if only:
+        kept = [line for line in kept if line.startswith(tuple(f"| {row.replace(' ', ' | ', 1)} |" for row in only))]
+    gone = [f"- {line}" for line in kept if line not in compiled]
+    return gone + [f"+ {line}" for line in compiled if line not in kept]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("python -m fused_beit.kernels.report", description=(__doc__ or "").partition("\n")[0])
+    description = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser("python -m fused_beit.kernels.report", description=description)
     parser.add_argument("--check", action="store_true", help="compare with the tables instead of writing them")
-    parser.add_argument("--only", nargs="+", metavar="ROW", help='only these rows, like "sm_90 N=197 D=64"; with --check')
+    parser.add_argument("--only", nargs="+", metavar="ROW", help='only these, like "sm_90 N=197 D=64"; with --check')
     parser.add_argument("--json", action="store_true", help="write what was compiled to stdout")
     arguments = parser.parse_args()
     if arguments.only and not arguments.check:
@@ -144,7 +149,7 @@ def main() -> int:
             path.write_text(table(triton.__version__, rows))
         elif (found := written_by(path)) != triton.__version__:
             say(f"{path.name} is of Triton {found}, and this is {triton.__version__}: only the rules were checked")
-        elif changed := differences(path, rows, complete=not arguments.only):
+        elif changed := differences(path.read_text(), [row.markdown() for row in rows], arguments.only):
             failed = True
             say(f"{path.name} is out of date; `make kernel-report` writes it:", *changed)
         for row in rows:

@@ -23,10 +23,13 @@ from triton.runtime.jit import JITFunction
 
 from . import target
 
-NVIDIA_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 SHARED_LIMIT = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
 """KiB of shared memory that a program can have (CUDA C programming guide, table of compute capabilities; CDNA3 ISA)."""
+
+
+TENSOR_MEMORY_LIMIT = 512
 
 
 class Resources(NamedTuple):
@@ -39,6 +42,8 @@ class Resources(NamedTuple):
     """Bytes a thread keeps in memory for want of registers."""
     shared: int
     """Bytes."""
+    tensor_memory: int
+    """Columns of it, of which sm_100 has TENSOR_MEMORY_LIMIT; 0 where there is none."""
     wgmma: int
     """Tensor core instructions that sm_90 has anew; those of tensor memory on sm_100."""
     mma: int
@@ -49,7 +54,9 @@ class Resources(NamedTuple):
     atomics: int
     """Additions of floating-point numbers to global memory, in no fixed order."""
     programs_a_processor: int
-    """How many fit a multiprocessor at once, by registers, warps and shared memory; 0: not estimated."""
+    """How many fit a multiprocessor at once, by registers, warps, shared and tensor memory; 0: not estimated."""
+    trapped: bool
+    """Whether it does nothing but stop: what Triton makes of a kernel that it could not give its memory."""
 
 
 class Case(NamedTuple):
@@ -127,24 +134,30 @@ def _read_nvidia(kernel: Any) -> Resources:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
         usage, code = (
-            subprocess.run([NVIDIA_BIN / "cuobjdump", what, cubin.name], capture_output=True, text=True, check=True).stdout
+            subprocess.run([CUOBJDUMP, what, cubin.name], capture_output=True, text=True, check=True).stdout
             for what in ("--dump-resource-usage", "-sass")
         )
     match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert match, usage
     registers, num_warps, shared = int(match[1]), kernel.metadata.num_warps, kernel.metadata.shared
+    tensor_memory = getattr(kernel.metadata, "tmem_size", None) or 0
     return Resources(
         kernel=kernel.metadata.name,
         num_warps=num_warps,
         registers=registers,
         stack=int(match[2]),
         shared=shared,
+        tensor_memory=tensor_memory,
         wgmma=_count(r"\bHGMMA|\bUTC\w*MMA", code),
         mma=_count(r"\bHMMA", code),
         tma=_count(r"\bUTMA(LDG|STG|REDG)", code),
         spills=_count(r"\b(LDL|STL)", code),
         atomics=_count(r"\b(RED|ATOM|ATOMG|REDG)\.\S*(F32|F64|F16|BF16)|\bUTMAREDG", code),
-        programs_a_processor=_programs_a_processor(registers, num_warps, shared, kernel.metadata.target.arch),
+        programs_a_processor=_programs_a_processor(
+            registers, num_warps, shared, tensor_memory, kernel.metadata.target.arch
+        ),
+        # Every kernel of ours stores something.
+        trapped=not _count(r"\b(STG|UTMASTG|UTMAREDG|RED|REDG|ATOMG)\b", code),
     )
 
 
@@ -160,12 +173,14 @@ def _read_amd(kernel: Any) -> Resources:
         registers=registers,
         stack=stack,
         shared=kernel.metadata.shared,
+        tensor_memory=0,
         wgmma=0,
         mma=_count(r"\bv_mfma", code),
         tma=0,
         spills=spilled,
-        atomics=_count(r"\bglobal_atomic_(pk_)?add_f", code),
+        atomics=_count(r"\b(global|buffer|flat)_atomic_(pk_)?add_f", code),
         programs_a_processor=0,
+        trapped=not _count(r"\b(global|buffer|flat)_(store|atomic)", code),
     )
 
 
@@ -173,9 +188,10 @@ def _count(pattern: str, code: str) -> int:
     return sum(1 for _ in re.finditer(pattern, code))
 
 
-def _programs_a_processor(registers: int, num_warps: int, shared: int, arch: int) -> int:
+def _programs_a_processor(registers: int, num_warps: int, shared: int, tensor_memory: int, arch: int) -> int:
     warps_limit = 48 if arch in (86, 89) else 64
     kib = {80: 164, 86: 100, 89: 100}.get(arch, 228)
     # Registers are given to a warp in lots of 256; each program reserves 1 KiB of shared memory.
     by_registers = 65536 // (-(-registers * 32 // 256) * 256 * num_warps)
-    return min(by_registers, warps_limit // num_warps, kib * 1024 // (shared + 1024), 32)
+    by_tensor_memory = TENSOR_MEMORY_LIMIT // max(tensor_memory, 1)
+    return min(by_registers, warps_limit // num_warps, kib * 1024 // (shared + 1024), by_tensor_memory, 32)
