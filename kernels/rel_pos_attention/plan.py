@@ -3,7 +3,7 @@
 Two families. `tma`, for sm_90 and later in half precision: descriptors, whose loads cost no registers for addresses and
 masks, wgmma, and on sm_90 the fused backward. `pointer`, for everything else, with tiles of its own on AMD.
 
-The tiles were chosen from what Triton 3.9.0 compiles them to, which RESOURCES.md lists, and are not timed on a GPU yet:
+The tiles were chosen from what Triton 3.9.0 compiles them to (`make kernel-report`) and are not timed on a GPU yet:
 first no stack, which is registers kept in memory; then few bytes loaded for the work of a tile, and as many warps on a
 processor as the registers allow.
 """
