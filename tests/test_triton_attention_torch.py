@@ -138,7 +138,7 @@ def test_two_runs_give_the_same_bits(family):
 
 def bytes_of_pictures(count, num_tokens, dtype):
     """A workspace for so many pictures of one head."""
-    row = -(-num_tokens * dtype.itemsize // 16) * 16
+    row = -(-num_tokens // 16) * 16 * dtype.itemsize
     return count * num_tokens * row
 
 
