@@ -7,6 +7,9 @@ from torch import Tensor
 
 Strides = tuple[int, int, int]
 
+ROW_ELEMENTS = 16
+"""Triton loads whole vectors where strides are multiples of 16, whatever the size of an element."""
+
 
 def tma_can_read(*tensors: Tensor) -> bool:
     """Whether descriptors can be made of all of them: last stride 1, all else in steps of 16 bytes."""
@@ -21,13 +24,17 @@ def tma_can_read(*tensors: Tensor) -> bool:
     return True
 
 
+def padded_length(length: int) -> int:
+    """Elements of a row of `length` in memory once it is aligned."""
+    return -(-length // ROW_ELEMENTS) * ROW_ELEMENTS
+
+
 def align_rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor` in `dtype` with each row on a multiple of 16 bytes: itself where it is so already, else a copy."""
-    if tensor.dtype == dtype and tma_can_read(tensor):
+    """`tensor` in `dtype` with each row padded to ROW_ELEMENTS: itself where it is so already, else a copy."""
+    if tensor.dtype == dtype and tma_can_read(tensor) and tensor.stride(-2) % ROW_ELEMENTS == 0:
         return tensor
-    step = 16 // dtype.itemsize
     *lead, length = tensor.shape
-    copy = tensor.new_empty(*lead, -(-length // step) * step, dtype=dtype)[..., :length]
+    copy = tensor.new_zeros(*lead, padded_length(length), dtype=dtype)[..., :length]
     return copy.copy_(tensor)
 
 

@@ -2,12 +2,25 @@
 
 A tile is ROWS x COLS of a tensor [I, J, NUM_ROWS, NUM_COLS] whose last stride is 1. `tensor` is a descriptor of it with
 that block shape (TMA: the hardware addresses, fills and clips), or a pointer to it with the other three strides.
+
+Where rows are padded in memory (descriptors.align_rows), NUM_COLS is the `padded` length: a mask that ends with a whole
+vector lets whole vectors be loaded, and the padding, whatever it holds, comes along.
 """
 
 # mypy: disable-error-code=no-untyped-def
 
 import triton
 import triton.language as tl
+
+from .descriptors import ROW_ELEMENTS
+
+STEP = tl.constexpr(ROW_ELEMENTS)
+
+
+@triton.constexpr_function
+def padded(length):
+    """Elements of a row of `length` in memory once it is aligned."""
+    return (length + STEP - 1) // STEP * STEP
 
 
 @triton.jit

@@ -16,6 +16,7 @@ grad_scores leave a kernel in one of two ways, by BIAS_GRAD:
 
     STORE   to memory, for as many pictures as the launcher gives room, and `bias_grad_sum_kernel` sums them in order
     ADD     by atomics into one fp32 [H, N, N], in no fixed order
+    REDUCE  the same by TMA, which takes no registers for addresses; Triton's interpreter does not know it
 """
 
 # mypy: disable-error-code=no-untyped-def
@@ -23,12 +24,13 @@ grad_scores leave a kernel in one of two ways, by BIAS_GRAD:
 import triton
 import triton.language as tl
 
-from .._triton.tiles import add_tile, load_tile, store_tile
+from .._triton.tiles import add_tile, load_tile, padded, store_tile
 from .scores import exp_difference, tile_scores, tile_scores_transposed
 
 NONE = tl.constexpr(0)
 STORE = tl.constexpr(1)
 ADD = tl.constexpr(2)
+REDUCE = tl.constexpr(3)
 
 
 @triton.jit
@@ -128,7 +130,7 @@ def attention_bwd_kv_kernel(
     grad_out_tail,
     grad_k,
     grad_v,
-    grad_scores,  # [C, H, N, N], keys as rows; C: pictures of this launch for STORE, 1 for ADD (always a pointer)
+    grad_scores,  # [C, H, N, N], keys as rows; C: pictures of this launch for STORE, 1 for ADD (a pointer) and REDUCE
     grad_scores_tail,
     mask_ptr,  # [W, 1, N, N]
     lse_ptr,  # [B, H, N], contiguous, like delta; fp32, but float64 for fp32 inputs
@@ -249,9 +251,11 @@ def _give_grad_scores(
     N: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BIAS_GRAD: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     if BIAS_GRAD == STORE:
-        store_tile(grad_scores, strides, slot, h, start_n, start_m, tile, N, N, ROWS, COLS, TMA)
+        store_tile(grad_scores, strides, slot, h, start_n, start_m, tile, N, padded(N), ROWS, COLS, TMA)
     if BIAS_GRAD == ADD:
-        add_tile(grad_scores, strides, 0, h, start_n, start_m, tile, N, N, ROWS, COLS)
+        add_tile(grad_scores, strides, 0, h, start_n, start_m, tile, N, padded(N), ROWS, COLS)
+    if BIAS_GRAD == REDUCE:
+        grad_scores.atomic_add([0, h, start_n, start_m], tile.reshape(1, 1, ROWS, COLS))
 
 
 @triton.jit
@@ -270,7 +274,7 @@ def attention_bwd_fused_kernel(
     grad_q_tail,
     grad_k,
     grad_v,
-    grad_scores,  # [C, H, N, N], keys as rows; C: pictures of this launch for STORE, 1 for ADD (always a pointer)
+    grad_scores,  # [C, H, N, N], keys as rows; C: pictures of this launch for STORE, 1 for ADD (a pointer) and REDUCE
     grad_scores_tail,
     mask_ptr,  # [W, 1, N, N]
     lse_ptr,  # [B, H, N], contiguous, like delta; fp32, but float64 for fp32 inputs
@@ -424,7 +428,8 @@ def bias_grad_sum_kernel(
     else:
         total = tl.zeros([BLOCK_N, BLOCK_M], ACC)
     for c in tl.range(0, num_pictures):
-        total += load_tile(
-            grad_scores_ptr, grad_scores_strides, c, h, start_n, start_m, N, N, BLOCK_N, BLOCK_M, False
-        ).to(ACC)
+        tile = load_tile(
+            grad_scores_ptr, grad_scores_strides, c, h, start_n, start_m, N, padded(N), BLOCK_N, BLOCK_M, False
+        )
+        total += tl.where(inside, tile.to(ACC), 0.0)
     tl.store(ptrs, total.to(grad_bias_ptr.dtype.element_ty), mask=inside)

@@ -11,8 +11,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from .._triton.descriptors import Strides, align_rows, source, strides, tma_can_read
-from .._triton.target import arch_of
+from .._triton.descriptors import Strides, align_rows, padded_length, source, strides, tma_can_read
+from .._triton.target import arch_of, interpreted
 from ..precision import accumulate_dtype
 from .backward import (
     attention_bwd_fused_kernel,
@@ -23,7 +23,7 @@ from .backward import (
 from .forward import attention_fwd_kernel
 from .plan import Tile, attention_plan, padded_head_dim, tail
 
-NONE, STORE, ADD = range(3)
+NONE, STORE, ADD, REDUCE = range(4)
 """BIAS_GRAD of the backward kernels."""
 
 WORKSPACE_BYTES = 128 * 2**20
@@ -55,9 +55,7 @@ class _Call:
         self.device = q.device
         self.scale = scale
         self.bias = None if bias is None else align_rows(bias, q.dtype)[None]
-        if mask is not None and mask.stride(-1) != 1:
-            mask = mask.contiguous()
-        self.mask = None if mask is None else mask.expand(-1, self.num_tokens, -1)[:, None]
+        self.mask = None if mask is None else align_rows(mask, q.dtype).expand(-1, self.num_tokens, -1)[:, None]
         self.acc = tl.float64 if q.dtype is torch.float64 else tl.float32
         # fp32 is exact unless torch was told that its products need not be; half precision is not asked.
         exact = q.dtype is not torch.float32 or not torch.backends.cuda.matmul.allow_tf32
@@ -159,10 +157,12 @@ def attention_bwd(
     call = _Call(q, k, v, bias, mask, scale, out, grad_out, *(grad_qkv or ()))
     grad_q, grad_k, grad_v = grad_qkv or (None, None, None)
     delta = lse.new_empty(lse.shape, dtype=accumulate_dtype(q.dtype))
-    fused = call.plan.backward_fused if grad_qkv else None
+    # With a mask the fused kernel needs more registers than there are.
+    fused = call.plan.backward_fused if grad_qkv and mask is None else None
     tile = fused or call.plan.backward_kv
     tail_m = tail(call.num_tokens, tile.block_m)
-    bias_grad = NONE if grad_bias is None else STORE if deterministic else ADD
+    unordered = REDUCE if call.plan.tma and not interpreted() else ADD
+    bias_grad = NONE if grad_bias is None else STORE if deterministic else unordered
     pictures_a_pass = call.batch
     if bias_grad == STORE:
         pictures_a_pass = num_pictures_a_pass(call.batch, call.num_heads, call.num_tokens, q.dtype)
@@ -173,7 +173,7 @@ def attention_bwd(
         total = grad_bias.to(accumulate_dtype(torch.promote_types(grad_bias.dtype, q.dtype)))
 
     def give(block_rows: int, block_cols: int) -> object:
-        """Where tiles of grad_scores go; atomics take a pointer."""
+        """Where tiles of grad_scores go: ADD takes a pointer."""
         return grad_scores if bias_grad == ADD else call.square(grad_scores, block_rows, block_cols)
 
     with call.launches_here():
@@ -225,7 +225,7 @@ def attention_bwd(
                     first_picture=first, WANT_QKV=grad_qkv is not None, **arguments
                 )
             if total is not None and grad_scores is not None:
-                num_slots = 1 if bias_grad == ADD else num_pictures
+                num_slots = num_pictures if bias_grad == STORE else 1
                 _launch_bias_grad_sum(call, grad_scores, total, num_slots, add_to_bias or first > 0)
         if grad_bias is not None and total is not None and total is not grad_bias:
             grad_bias.copy_(total)
@@ -233,14 +233,7 @@ def attention_bwd(
 
 def num_pictures_a_pass(batch: int, num_heads: int, num_tokens: int, dtype: torch.dtype) -> int:
     """Pictures whose grad_scores WORKSPACE_BYTES can hold: one at least."""
-    return max(
-        1, min(batch, WORKSPACE_BYTES // (num_heads * num_tokens * _row_length(num_tokens, dtype) * dtype.itemsize))
-    )
-
-
-def _row_length(num_tokens: int, dtype: torch.dtype) -> int:
-    step = 16 // dtype.itemsize
-    return -(-num_tokens // step) * step
+    return max(1, min(batch, WORKSPACE_BYTES // (num_heads * num_tokens * padded_length(num_tokens) * dtype.itemsize)))
 
 
 def _grad_scores(q: Tensor, bias_grad: int, pictures_a_pass: int) -> Tensor | None:
@@ -248,9 +241,10 @@ def _grad_scores(q: Tensor, bias_grad: int, pictures_a_pass: int) -> Tensor | No
     _, num_heads, num_tokens, _ = q.shape
     if bias_grad == NONE:
         return None
-    if bias_grad == ADD:
-        return q.new_zeros(1, num_heads, num_tokens, num_tokens, dtype=accumulate_dtype(q.dtype))
-    row_length = _row_length(num_tokens, q.dtype)
+    row_length = padded_length(num_tokens)
+    if bias_grad in (ADD, REDUCE):
+        dtype = accumulate_dtype(q.dtype)
+        return q.new_zeros(1, num_heads, num_tokens, row_length, dtype=dtype)[..., :num_tokens]
     return q.new_empty(pictures_a_pass, num_heads, num_tokens, row_length)[..., :num_tokens]
 
 

@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from .._triton.tiles import load_tile
+from .._triton.tiles import load_tile, padded
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -37,9 +37,9 @@ def tile_scores(
     """scale * q k^T + bias + mask, [ROWS, COLS]; -inf for keys past the last, which only a TAIL has."""
     scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION, out_dtype=ACC) * scale
     if HAS_BIAS:
-        scores += load_tile(bias, bias_strides, 0, h, start_m, start_n, N, N, ROWS, COLS, TMA).to(ACC)
+        scores += load_tile(bias, bias_strides, 0, h, start_m, start_n, N, padded(N), ROWS, COLS, TMA).to(ACC)
     if HAS_MASK:
-        tile = load_tile(mask_ptr, mask_strides, w, 0, start_m, start_n, N, N, ROWS, COLS, False)
+        tile = load_tile(mask_ptr, mask_strides, w, 0, start_m, start_n, N, padded(N), ROWS, COLS, False)
         scores += _bounded(tile.to(ACC))
     if TAIL:
         scores = tl.where((start_n + tl.arange(0, COLS) < N)[None, :], scores, float("-inf"))
@@ -72,10 +72,10 @@ def tile_scores_transposed(
     """The same with keys as rows, [COLS, ROWS]."""
     scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION, out_dtype=ACC) * scale
     if HAS_BIAS:
-        tile = load_tile(bias, bias_strides, 0, h, start_m, start_n, N, N, ROWS, COLS, TMA)
+        tile = load_tile(bias, bias_strides, 0, h, start_m, start_n, N, padded(N), ROWS, COLS, TMA)
         scores += tl.trans(tile).to(ACC)
     if HAS_MASK:
-        tile = load_tile(mask_ptr, mask_strides, w, 0, start_m, start_n, N, N, ROWS, COLS, False)
+        tile = load_tile(mask_ptr, mask_strides, w, 0, start_m, start_n, N, padded(N), ROWS, COLS, False)
         scores += _bounded(tl.trans(tile).to(ACC))
     if TAIL:
         scores = tl.where((start_n + tl.arange(0, COLS) < N)[:, None], scores, float("-inf"))
