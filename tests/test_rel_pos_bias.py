@@ -102,7 +102,7 @@ def test_the_dense_bias_is_the_table_at_the_index_head_first(window, cls_token):
 def test_every_row_of_the_dense_bias_is_aligned_and_followed_by_zeros(window, cls_token, dtype, impl):
     bias = expand_table(table_of(window, cls_token, 3, torch.float32), window, cls_token, dtype, impl).detach()
     num_tokens = num_tokens_of(window, cls_token)
-    row = -(-num_tokens * dtype.itemsize // 16) * 16 // dtype.itemsize
+    row = -(-num_tokens // 16) * 16
     assert (bias.shape, bias.stride()) == ((3, num_tokens, num_tokens), (num_tokens * row, row, 1))
     assert (bias.dtype, bias.data_ptr() % 16) == (dtype, 0)
     assert not bias.as_strided((3, num_tokens, row), bias.stride())[:, :, num_tokens:].any()
@@ -111,7 +111,7 @@ def test_every_row_of_the_dense_bias_is_aligned_and_followed_by_zeros(window, cl
 def test_a_dense_bias_in_bf16_is_the_table_rounded():
     table = table_of((3, 2), dtype=torch.float32)
     bias = expand_table(table, (3, 2), dtype=torch.bfloat16)
-    assert bias.stride() == (7 * 8, 8, 1)
+    assert bias.stride() == (7 * 16, 16, 1)
     assert torch.equal(bias, table[relative_position_index((3, 2))].permute(2, 0, 1).bfloat16())
 
 
@@ -333,7 +333,7 @@ def gradient_of(module, *losses):
 def test_the_buffer_is_zeros_in_the_dtype_of_sums_and_contiguous():
     for table_dtype, dtype in [(torch.float32, torch.float32), (torch.float64, torch.float64)]:
         shared = RelativePositionBias((2, 3), 2).to(table_dtype).shared(torch.bfloat16)
-        assert (shared.bias.dtype, shared.bias.stride()) == (torch.bfloat16, (7 * 8, 8, 1))
+        assert (shared.bias.dtype, shared.bias.stride()) == (torch.bfloat16, (7 * 16, 16, 1))
         assert (shared.gradient.dtype, shared.gradient.shape) == (dtype, (2, 7, 7))
         assert shared.gradient.is_contiguous()
         assert not shared.gradient.any()

@@ -167,6 +167,24 @@ def test_a_mask_of_any_strides_is_read_right():
     assert torch.equal(ours(qkv, None, mask=of_keys[None, None]), ours(qkv, None, mask=of_keys.clone()[None, None]))
 
 
+def test_what_lies_between_the_rows_of_bias_and_mask_changes_nothing(family):
+    inputs = rel_pos_attention_inputs(2, 37, 1, 16, dtype=torch.float16)
+    mask = masks_of(1, 37, 37, torch.float16)
+    expected = outputs_and_grads(lambda qkv: ours(qkv, inputs["bias"], mask=mask), {"qkv": inputs["qkv"]})
+
+    def among_nan(tensor):
+        room = tensor.new_full((1, 37, 48), float("nan"))
+        room[..., :37] = tensor
+        return room[..., :37]
+
+    bias, mask = among_nan(inputs["bias"]), among_nan(mask)
+    found = outputs_and_grads(lambda qkv: ours(qkv, bias, mask=mask), {"qkv": inputs["qkv"]})
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    leaf = bias.detach().requires_grad_()
+    ours(inputs["qkv"], leaf, mask=mask).sum().backward()
+    assert leaf.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_query_without_keys_gets_zeros_and_gives_no_gradient(family, dtype):
     mask = torch.ones(2, 37, 37, dtype=torch.bool)

@@ -170,6 +170,18 @@ def test_the_size_of_the_workspace_changes_no_bit(dtype, pictures_a_pass, monkey
     assert equal(outputs_and_grads(ours, inputs), one_pass)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_pass_uses_the_masks_of_its_own_pictures(family, monkeypatch):
+    mask = torch.randn(3, 1, 21, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    inputs = rel_pos_attention_inputs(3, 21, 1, 16, dtype=torch.float64)
+    expected = outputs_and_grads(lambda qkv, bias: reference(qkv, bias, mask=mask), inputs)
+    monkeypatch.setattr(launch, "WORKSPACE_BYTES", bytes_of_pictures(2, 21, torch.float64))
+    with pinned(FAMILIES[family]):
+        found = outputs_and_grads(lambda qkv, bias: ours(qkv, bias, mask=mask), inputs)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-12)
+
+
 def test_a_workspace_for_no_picture_holds_one(monkeypatch):
     monkeypatch.setattr(launch, "WORKSPACE_BYTES", 0)
     assert launch.num_pictures_a_pass(8, 12, 197, torch.bfloat16) == 1

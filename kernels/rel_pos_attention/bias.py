@@ -11,13 +11,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .._triton.descriptors import padded_length
 from .._triton.target import why_unavailable
 from ..impl import AUTO, Impl, ImplUnavailable, Operator, refusal
 from ..precision import accumulate_dtype
 from ..validation import check_float, check_shape
-
-ROW_ALIGNMENT = 16
-"""Bytes: every row of a dense bias starts at a multiple of this, as TMA needs."""
 
 
 def num_relative_positions(window: tuple[int, int], cls_token: bool = True) -> int:
@@ -60,11 +58,6 @@ def _num_tokens(window: Sequence[int], cls_token: bool) -> int:
     return window[0] * window[1] + int(cls_token)
 
 
-def _padding(num_tokens: int, dtype: torch.dtype) -> int:
-    """Elements after each row of the dense bias, so that the next one is aligned."""
-    return -num_tokens % (ROW_ALIGNMENT // dtype.itemsize)
-
-
 def _expand_reference(table_RH: Tensor, window: Sequence[int], cls_token: bool, dtype: torch.dtype) -> Tensor:
     # Made from sliding windows and not from the index: a patch's row of biases is a Wh x Ww window of the offsets. The
     # gradient then sums windows in a fixed order, where that of an indexing would be free to use atomics on CUDA.
@@ -82,7 +75,7 @@ def _expand_reference(table_RH: Tensor, window: Sequence[int], cls_token: bool, 
         other_rows = torch.cat([patch_to_cls.expand(num_heads, num_patches, 1), bias_HNN], dim=2)
         bias_HNN = torch.cat([first_row, other_rows], dim=1)
     num_tokens = bias_HNN.shape[2]
-    padding = _padding(num_tokens, dtype)
+    padding = padded_length(num_tokens) - num_tokens
     bias_HNN = bias_HNN.to(dtype)
     return F.pad(bias_HNN, (0, padding))[:, :, :num_tokens] if padding else bias_HNN
 
@@ -126,7 +119,7 @@ def _scatter_triton(grad_HNN: Tensor, window: Sequence[int], cls_token: bool, dt
 
 def _empty_bias(table_RH: Tensor, window: Sequence[int], cls_token: bool, dtype: torch.dtype) -> Tensor:
     num_tokens = _num_tokens(window, cls_token)
-    row_stride = num_tokens + _padding(num_tokens, dtype)
+    row_stride = padded_length(num_tokens)
     return table_RH.new_empty(table_RH.shape[1], num_tokens, row_stride, dtype=dtype)[:, :, :num_tokens]
 
 
@@ -193,8 +186,8 @@ def expand_table(
 
     table: [R, H]     floating point
     dtype: of the result, that of the table when None
-    ->     [H, N, N]  with strides (N*LD, LD, 1), LD being N rounded up so that every row starts at a multiple of 16
-                      bytes; what lies between the rows is zero
+    ->     [H, N, N]  with strides (N*LD, LD, 1), LD being N rounded up to a multiple of 16, which the kernels load
+                      without a copy; what lies between the rows is zero
 
     The gradient is summed in fp32 (float64 for float64), in a fixed order.
     Raises ValueError or TypeError for wrong shapes or dtypes, ImplUnavailable for an `impl` that cannot run.
