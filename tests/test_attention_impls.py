@@ -219,6 +219,14 @@ def test_the_gradient_of_a_shared_table_equals_that_of_a_plain_one(impl):
     torch.testing.assert_close(gradient(shared.bias, accumulate_into=shared.gradient), plain, rtol=1e-12, atol=1e-12)
 
 
+def test_flex_takes_no_pictures_with_a_mask():
+    nothing = torch.zeros(0, 2, NUM_TOKENS, 16)
+    assert (
+        attention(nothing, nothing, nothing, mask=torch.zeros(NUM_TOKENS, NUM_TOKENS), impl="flex").shape
+        == nothing.shape
+    )
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_no_pictures_give_no_rows_and_gradients_of_zero(impl):
     empty = inputs_of(0)

@@ -31,9 +31,13 @@ def padded_length(length: int) -> int:
 
 def align_rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """`tensor` in `dtype` with each row padded to ROW_ELEMENTS: itself where it is so already, else a copy."""
-    if tensor.dtype == dtype and tma_can_read(tensor) and tensor.stride(-2) % ROW_ELEMENTS == 0:
-        return tensor
     *lead, length = tensor.shape
+    if tensor.dtype == dtype and tma_can_read(tensor) and tensor.stride(-2) % ROW_ELEMENTS == 0:
+        # Even the last row's padding has to be memory of its own.
+        last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        end = tensor.storage_offset() + last + 1 + padded_length(length) - length
+        if end * tensor.itemsize <= tensor.untyped_storage().nbytes():
+            return tensor
     copy = tensor.new_zeros(*lead, padded_length(length), dtype=dtype)[..., :length]
     return copy.copy_(tensor)
 

@@ -98,7 +98,7 @@ def attention_bwd_q_kernel(
                 q_tile, k_tile, bias, bias_strides, mask_ptr, mask_strides, scale, h, w, start_m, start_n,
                 N, BLOCK_M, BLOCK_N, HAS_BIAS, HAS_MASK, False, TMA, ACC, PRECISION,
             )  # fmt: skip
-            acc = _add_grad_q(acc, scores, k_tile, v_tile, grad_tile, lse, delta, ACC, PRECISION)
+            acc = _add_grad_q(acc, scores, k_tile, v_tile, grad_tile, lse, delta, HAS_MASK, ACC, PRECISION)
         if TAIL_N:
             k_tile = load_tile(k_tail, k_strides, b, h, MAIN_N, 0, N, D, TAIL_N, BLOCK_D, TMA)
             v_tile = load_tile(v_tail, v_strides, b, h, MAIN_N, 0, N, D, TAIL_N, BLOCK_D, TMA)
@@ -106,13 +106,24 @@ def attention_bwd_q_kernel(
                 q_tile, k_tile, bias_tail, bias_strides, mask_ptr, mask_strides, scale, h, w, start_m, MAIN_N,
                 N, BLOCK_M, TAIL_N, HAS_BIAS, HAS_MASK, True, TMA, ACC, PRECISION,
             )  # fmt: skip
-            acc = _add_grad_q(acc, scores, k_tile, v_tile, grad_tile, lse, delta, ACC, PRECISION)
+            acc = _add_grad_q(acc, scores, k_tile, v_tile, grad_tile, lse, delta, HAS_MASK, ACC, PRECISION)
         store_tile(grad_q, grad_q_strides, b, h, start_m, 0, acc * scale, N, D, BLOCK_M, BLOCK_D, TMA)
 
 
 @triton.jit
-def _add_grad_q(acc, scores, k_tile, v_tile, grad_tile, lse, delta, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    weights = exp_difference(scores, lse[:, None], k_tile.dtype)
+def _add_grad_q(
+    acc,
+    scores,
+    k_tile,
+    v_tile,
+    grad_tile,
+    lse,
+    delta,
+    HAS_MASK: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    weights = exp_difference(scores, lse[:, None], k_tile.dtype, HAS_MASK)
     grad_weights = tl.dot(grad_tile, tl.trans(v_tile), input_precision=PRECISION, out_dtype=ACC)
     grad_scores = (weights * (grad_weights - delta[:, None])).to(k_tile.dtype)
     return tl.dot(grad_scores, k_tile, acc, input_precision=PRECISION, out_dtype=ACC)
@@ -184,7 +195,7 @@ def attention_bwd_kv_kernel(
         )  # fmt: skip
         lse, delta = _load_rows(lse_ptr, delta_ptr, b * num_heads + h, start_m, N, BLOCK_M)
         grad_tile_s, acc_k, acc_v = _add_grad_kv(
-            acc_k, acc_v, scores, q_tile, v_tile, grad_tile, lse, delta, WANT_QKV, ACC, PRECISION
+            acc_k, acc_v, scores, q_tile, v_tile, grad_tile, lse, delta, HAS_MASK, WANT_QKV, ACC, PRECISION
         )
         _give_grad_scores(
             grad_scores,
@@ -209,7 +220,7 @@ def attention_bwd_kv_kernel(
         )  # fmt: skip
         lse, delta = _load_rows(lse_ptr, delta_ptr, b * num_heads + h, MAIN_M, N, TAIL_M)
         grad_tile_s, acc_k, acc_v = _add_grad_kv(
-            acc_k, acc_v, scores, q_tile, v_tile, grad_tile, lse, delta, WANT_QKV, ACC, PRECISION
+            acc_k, acc_v, scores, q_tile, v_tile, grad_tile, lse, delta, HAS_MASK, WANT_QKV, ACC, PRECISION
         )
         _give_grad_scores(
             grad_scores_tail, grad_scores_strides, slot, h, start_n, MAIN_M, grad_tile_s,
@@ -232,10 +243,10 @@ def _load_rows(lse_ptr, delta_ptr, picture_head, start_m, N: tl.constexpr, ROWS:
 @triton.jit
 def _add_grad_kv(
     acc_k, acc_v, scores, q_tile, v_tile, grad_tile, lse, delta,
-    WANT_QKV: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MASK: tl.constexpr, WANT_QKV: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """-> grad_scores of the tile, keys as rows, and the two sums with its share."""
-    weights = exp_difference(scores, lse[None, :], v_tile.dtype)
+    weights = exp_difference(scores, lse[None, :], v_tile.dtype, HAS_MASK)
     if WANT_QKV:
         acc_v = tl.dot(weights.to(grad_tile.dtype), grad_tile, acc_v, input_precision=PRECISION, out_dtype=ACC)
     grad_weights = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION, out_dtype=ACC)
@@ -350,7 +361,7 @@ def attention_bwd_fused_kernel(
             )  # fmt: skip
             lse, delta = _load_rows(lse_ptr, delta_ptr, picture_head, start_m, N, BLOCK_M)
             tile, acc_k, acc_v = _add_grad_kv(
-                acc_k, acc_v, scores, q_tile, v_tile, grad_tile, lse, delta, True, ACC, PRECISION
+                acc_k, acc_v, scores, q_tile, v_tile, grad_tile, lse, delta, HAS_MASK, True, ACC, PRECISION
             )
             _give_grad_scores(
                 grad_scores, grad_scores_strides, slot, h, start_n, start_m, tile, N, BLOCK_N, BLOCK_M, BIAS_GRAD, TMA
@@ -366,7 +377,7 @@ def attention_bwd_fused_kernel(
             )  # fmt: skip
             lse, delta = _load_rows(lse_ptr, delta_ptr, picture_head, MAIN_M, N, TAIL_M)
             tile, acc_k, acc_v = _add_grad_kv(
-                acc_k, acc_v, scores, q_tile, v_tile, grad_tile, lse, delta, True, ACC, PRECISION
+                acc_k, acc_v, scores, q_tile, v_tile, grad_tile, lse, delta, HAS_MASK, True, ACC, PRECISION
             )
             _give_grad_scores(
                 grad_scores_tail, grad_scores_strides, slot, h, start_n, MAIN_M, tile,

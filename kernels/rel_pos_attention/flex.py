@@ -51,6 +51,8 @@ def attention_flex(
             )
     if why is not None:
         raise ImplUnavailable(refusal("attention", Impl.FLEX, why))
+    if not q_BHND.numel():
+        return torch.empty_like(q_BHND)  # torch indexes the mask of a picture that is not there
     bias = None if bias_HNN is None else bias_HNN.to(q_BHND.dtype)
     num_masks = 1 if mask_WNN is None else mask_WNN.shape[0]
     mask = None if mask_WNN is None else mask_WNN.expand(-1, q_BHND.shape[2], -1)

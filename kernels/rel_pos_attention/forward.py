@@ -72,7 +72,7 @@ def attention_fwd_kernel(
             q_tile, k_tile, bias, bias_strides, mask_ptr, mask_strides, scale, h, w, start_m, start_n,
             N, BLOCK_M, BLOCK_N, HAS_BIAS, HAS_MASK, False, TMA, ACC, PRECISION,
         )  # fmt: skip
-        row_max, row_sum, acc = _online_softmax(scores, v_tile, row_max, row_sum, acc, ACC, PRECISION)
+        row_max, row_sum, acc = _online_softmax(scores, v_tile, row_max, row_sum, acc, HAS_MASK, ACC, PRECISION)
     if TAIL_N:
         k_tile = load_tile(k_tail, k_strides, b, h, MAIN_N, 0, N, D, TAIL_N, BLOCK_D, TMA)
         v_tile = load_tile(v_tail, v_strides, b, h, MAIN_N, 0, N, D, TAIL_N, BLOCK_D, TMA)
@@ -80,7 +80,7 @@ def attention_fwd_kernel(
             q_tile, k_tile, bias_tail, bias_strides, mask_ptr, mask_strides, scale, h, w, start_m, MAIN_N,
             N, BLOCK_M, TAIL_N, HAS_BIAS, HAS_MASK, True, TMA, ACC, PRECISION,
         )  # fmt: skip
-        row_max, row_sum, acc = _online_softmax(scores, v_tile, row_max, row_sum, acc, ACC, PRECISION)
+        row_max, row_sum, acc = _online_softmax(scores, v_tile, row_max, row_sum, acc, HAS_MASK, ACC, PRECISION)
 
     no_key = row_sum == 0
     acc = acc / tl.where(no_key, 1.0, row_sum)[:, None]
@@ -93,13 +93,15 @@ def attention_fwd_kernel(
 
 
 @triton.jit
-def _online_softmax(scores, v_tile, row_max, row_sum, acc, ACC: tl.constexpr, PRECISION: tl.constexpr):
+def _online_softmax(
+    scores, v_tile, row_max, row_sum, acc, HAS_MASK: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr
+):
     """Take one tile of keys into the running maximum, sum and product (arXiv:2205.14135, algorithm 1)."""
     new_max = tl.maximum(row_max, tl.max(scores, 1))
     # (-inf) - (-inf) is NaN: where no key was seen yet, measure from 0.
     finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-    shrink = exp_difference(row_max, finite_max, v_tile.dtype)
-    weights = exp_difference(scores, finite_max[:, None], v_tile.dtype)
+    shrink = exp_difference(row_max, finite_max, v_tile.dtype, HAS_MASK)
+    weights = exp_difference(scores, finite_max[:, None], v_tile.dtype, HAS_MASK)
     row_sum = row_sum * shrink + tl.sum(weights, 1)
     acc = tl.dot(weights.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision=PRECISION, out_dtype=ACC)
     return new_max, row_sum, acc

@@ -40,7 +40,7 @@ def tile_scores(
         scores += load_tile(bias, bias_strides, 0, h, start_m, start_n, N, padded(N), ROWS, COLS, TMA).to(ACC)
     if HAS_MASK:
         tile = load_tile(mask_ptr, mask_strides, w, 0, start_m, start_n, N, padded(N), ROWS, COLS, False)
-        scores += _bounded(tile.to(ACC))
+        scores += tile.to(ACC)
     if TAIL:
         scores = tl.where((start_n + tl.arange(0, COLS) < N)[None, :], scores, float("-inf"))
     return scores
@@ -76,23 +76,18 @@ def tile_scores_transposed(
         scores += tl.trans(tile).to(ACC)
     if HAS_MASK:
         tile = load_tile(mask_ptr, mask_strides, w, 0, start_m, start_n, N, padded(N), ROWS, COLS, False)
-        scores += _bounded(tl.trans(tile).to(ACC))
+        scores += tl.trans(tile).to(ACC)
     if TAIL:
         scores = tl.where((start_n + tl.arange(0, COLS) < N)[:, None], scores, float("-inf"))
     return scores
 
 
 @triton.jit
-def _bounded(mask_tile):
-    """A mask of the lowest number of bf16, as some models have, would overflow when scaled to base 2; -inf does not."""
-    return tl.where(mask_tile == float("-inf"), mask_tile, tl.maximum(mask_tile, -1e38))
-
-
-@triton.jit
-def exp_difference(x, shift, DTYPE: tl.constexpr):
+def exp_difference(x, shift, DTYPE: tl.constexpr, HAS_MASK: tl.constexpr):
     """exp(x - shift), to the precision that the dtype of q, k and v deserves. `shift` is one number a row or column."""
-    if DTYPE.primitive_bitwidth == 16:
-        # One multiply-add before exp2: wrong by some 1e-6, which half precision does not see.
+    if DTYPE.primitive_bitwidth == 16 and not HAS_MASK:
+        # One multiply-add before exp2: wrong by some 1e-6, which half precision does not see. Not with a mask: its far
+        # numbers, as torch.finfo(dtype).min, would leave what the rounding of the second product lacks, or infinity.
         power = x * LOG2E - shift * LOG2E
     elif shift.dtype == x.dtype:
         power = (x - shift) * LOG2E
