@@ -339,6 +339,11 @@ def test_only_the_gradients_asked_for_are_returned(family, asked):
         torch.testing.assert_close(grads[name], tensor.grad, rtol=1e-12, atol=1e-12)
 
 
+def test_with_a_mask_the_plan_has_no_fused_backward():
+    assert attention_plan("sm_90", 197, 64, torch.bfloat16).backward_fused
+    assert attention_plan("sm_90", 197, 64, torch.bfloat16, masked=True).backward_fused is None
+
+
 def test_the_plan_names_family_and_tiles():
     assert str(attention_plan("sm_90", 577, 64, torch.bfloat16)).startswith("sm_90, tma family: forward ")
     fused = attention_plan("sm_90", 197, 64, torch.bfloat16)

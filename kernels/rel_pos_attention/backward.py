@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from .._triton.tiles import add_tile, load_tile, padded, store_tile
-from .scores import exp_difference, tile_scores, tile_scores_transposed
+from .scores import exp_difference, load_keys, tile_scores
 
 NONE = tl.constexpr(0)
 STORE = tl.constexpr(1)
@@ -92,19 +92,15 @@ def attention_bwd_q_kernel(
         lse = tl.load(lse_ptr + rows, mask=offs_m < N, other=float("inf"))
         acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
         for start_n in tl.range(0, MAIN_N, BLOCK_N):
-            k_tile = load_tile(k, k_strides, b, h, start_n, 0, N, D, BLOCK_N, BLOCK_D, TMA, INSIDE=True)
-            v_tile = load_tile(v, v_strides, b, h, start_n, 0, N, D, BLOCK_N, BLOCK_D, TMA, INSIDE=True)
-            scores = tile_scores(
-                q_tile, k_tile, bias, bias_strides, mask_ptr, mask_strides, scale, h, w, start_m, start_n,
-                N, BLOCK_M, BLOCK_N, HAS_BIAS, HAS_MASK, False, TMA, ACC, PRECISION,
+            k_tile, v_tile, scores = load_keys(
+                q_tile, k, k_strides, v, v_strides, bias, bias_strides, mask_ptr, mask_strides, scale, b, h, w, start_m,
+                start_n, N, D, BLOCK_D, BLOCK_M, BLOCK_N, HAS_BIAS, HAS_MASK, False, TMA, ACC, PRECISION,
             )  # fmt: skip
             acc = _add_grad_q(acc, scores, k_tile, v_tile, grad_tile, lse, delta, HAS_MASK, ACC, PRECISION)
         if TAIL_N:
-            k_tile = load_tile(k_tail, k_strides, b, h, MAIN_N, 0, N, D, TAIL_N, BLOCK_D, TMA)
-            v_tile = load_tile(v_tail, v_strides, b, h, MAIN_N, 0, N, D, TAIL_N, BLOCK_D, TMA)
-            scores = tile_scores(
-                q_tile, k_tile, bias_tail, bias_strides, mask_ptr, mask_strides, scale, h, w, start_m, MAIN_N,
-                N, BLOCK_M, TAIL_N, HAS_BIAS, HAS_MASK, True, TMA, ACC, PRECISION,
+            k_tile, v_tile, scores = load_keys(
+                q_tile, k_tail, k_strides, v_tail, v_strides, bias_tail, bias_strides, mask_ptr, mask_strides, scale, b,
+                h, w, start_m, MAIN_N, N, D, BLOCK_D, BLOCK_M, TAIL_N, HAS_BIAS, HAS_MASK, True, TMA, ACC, PRECISION,
             )  # fmt: skip
             acc = _add_grad_q(acc, scores, k_tile, v_tile, grad_tile, lse, delta, HAS_MASK, ACC, PRECISION)
         store_tile(grad_q, grad_q_strides, b, h, start_m, 0, acc * scale, N, D, BLOCK_M, BLOCK_D, TMA)
@@ -187,44 +183,18 @@ def attention_bwd_kv_kernel(
     acc_k = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     acc_v = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     for start_m in tl.range(0, MAIN_M, BLOCK_M):
-        q_tile = load_tile(q, q_strides, b, h, start_m, 0, N, D, BLOCK_M, BLOCK_D, TMA, INSIDE=True)
-        grad_tile = load_tile(grad_out, grad_out_strides, b, h, start_m, 0, N, D, BLOCK_M, BLOCK_D, TMA, INSIDE=True)
-        scores = tile_scores_transposed(
-            q_tile, k_tile, bias, bias_strides, mask_ptr, mask_strides, scale, h, w, start_m, start_n,
-            N, BLOCK_M, BLOCK_N, HAS_BIAS, HAS_MASK, N % BLOCK_N != 0, TMA, ACC, PRECISION,
+        _, acc_k, acc_v = _take_queries(
+            acc_k, acc_v, k_tile, v_tile, q, q_strides, grad_out, grad_out_strides, bias, bias_strides, grad_scores,
+            grad_scores_strides, mask_ptr, mask_strides, lse_ptr, delta_ptr, scale, slot, b, h, w, num_heads,
+            start_m, start_n,
+            N, D, BLOCK_D, BLOCK_M, BLOCK_N, True, HAS_BIAS, HAS_MASK, WANT_QKV, BIAS_GRAD, TMA, ACC, PRECISION,
         )  # fmt: skip
-        lse, delta = _load_rows(lse_ptr, delta_ptr, b * num_heads + h, start_m, N, BLOCK_M)
-        grad_tile_s, acc_k, acc_v = _add_grad_kv(
-            acc_k, acc_v, scores, q_tile, v_tile, grad_tile, lse, delta, HAS_MASK, WANT_QKV, ACC, PRECISION
-        )
-        _give_grad_scores(
-            grad_scores,
-            grad_scores_strides,
-            slot,
-            h,
-            start_n,
-            start_m,
-            grad_tile_s,
-            N,
-            BLOCK_N,
-            BLOCK_M,
-            BIAS_GRAD,
-            TMA,
-        )
     if TAIL_M:
-        q_tile = load_tile(q_tail, q_strides, b, h, MAIN_M, 0, N, D, TAIL_M, BLOCK_D, TMA)
-        grad_tile = load_tile(grad_out_tail, grad_out_strides, b, h, MAIN_M, 0, N, D, TAIL_M, BLOCK_D, TMA)
-        scores = tile_scores_transposed(
-            q_tile, k_tile, bias_tail, bias_strides, mask_ptr, mask_strides, scale, h, w, MAIN_M, start_n,
-            N, TAIL_M, BLOCK_N, HAS_BIAS, HAS_MASK, N % BLOCK_N != 0, TMA, ACC, PRECISION,
-        )  # fmt: skip
-        lse, delta = _load_rows(lse_ptr, delta_ptr, b * num_heads + h, MAIN_M, N, TAIL_M)
-        grad_tile_s, acc_k, acc_v = _add_grad_kv(
-            acc_k, acc_v, scores, q_tile, v_tile, grad_tile, lse, delta, HAS_MASK, WANT_QKV, ACC, PRECISION
-        )
-        _give_grad_scores(
-            grad_scores_tail, grad_scores_strides, slot, h, start_n, MAIN_M, grad_tile_s,
-            N, BLOCK_N, TAIL_M, BIAS_GRAD, TMA,
+        _, acc_k, acc_v = _take_queries(
+            acc_k, acc_v, k_tile, v_tile, q_tail, q_strides, grad_out_tail, grad_out_strides, bias_tail, bias_strides,
+            grad_scores_tail, grad_scores_strides, mask_ptr, mask_strides, lse_ptr, delta_ptr, scale, slot, b, h, w,
+            num_heads, MAIN_M, start_n,
+            N, D, BLOCK_D, TAIL_M, BLOCK_N, False, HAS_BIAS, HAS_MASK, WANT_QKV, BIAS_GRAD, TMA, ACC, PRECISION,
         )  # fmt: skip
     if WANT_QKV:
         store_tile(grad_k, grad_k_strides, b, h, start_n, 0, acc_k * scale, N, D, BLOCK_N, BLOCK_D, TMA)
@@ -232,28 +202,71 @@ def attention_bwd_kv_kernel(
 
 
 @triton.jit
-def _load_rows(lse_ptr, delta_ptr, picture_head, start_m, N: tl.constexpr, ROWS: tl.constexpr):
-    """lse and delta of ROWS queries. Past the last query lse is +inf, so that probabilities there are 0."""
+def _take_queries(
+    acc_k,  # [COLS, BLOCK_D]
+    acc_v,
+    k_tile,  # [COLS, BLOCK_D]
+    v_tile,
+    q,
+    q_strides,
+    grad_out,
+    grad_out_strides,
+    bias,
+    bias_strides,
+    grad_scores,
+    grad_scores_strides,
+    mask_ptr,
+    mask_strides,
+    lse_ptr,
+    delta_ptr,
+    scale,
+    slot,
+    b,
+    h,
+    w,
+    num_heads,
+    start_m,
+    start_n,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    INSIDE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    WANT_QKV: tl.constexpr,
+    BIAS_GRAD: tl.constexpr,
+    TMA: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Take ROWS queries into the sums of COLS keys and values, and give their grad_scores away.
+
+    -> grad_scores of the tile [COLS, ROWS], and the sums
+    """
+    q_tile = load_tile(q, q_strides, b, h, start_m, 0, N, D, ROWS, BLOCK_D, TMA, INSIDE=INSIDE)
+    grad_tile = load_tile(grad_out, grad_out_strides, b, h, start_m, 0, N, D, ROWS, BLOCK_D, TMA, INSIDE=INSIDE)
+    scores = tile_scores(
+        q_tile, k_tile, bias, bias_strides, mask_ptr, mask_strides, scale, h, w, start_m, start_n,
+        N, ROWS, COLS, HAS_BIAS, HAS_MASK, N % COLS != 0, TMA, ACC, PRECISION, KEYS_FIRST=True,
+    )  # fmt: skip
     offs_m = start_m + tl.arange(0, ROWS)
-    rows = tl.cast(picture_head, tl.int64) * N + offs_m
+    rows = tl.cast(b * num_heads + h, tl.int64) * N + offs_m
+    # Past the last query lse is +inf, so that probabilities there are 0.
     lse = tl.load(lse_ptr + rows, mask=offs_m < N, other=float("inf"))
-    return lse, tl.load(delta_ptr + rows, mask=offs_m < N, other=0.0)
-
-
-@triton.jit
-def _add_grad_kv(
-    acc_k, acc_v, scores, q_tile, v_tile, grad_tile, lse, delta,
-    HAS_MASK: tl.constexpr, WANT_QKV: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """-> grad_scores of the tile, keys as rows, and the two sums with its share."""
+    delta = tl.load(delta_ptr + rows, mask=offs_m < N, other=0.0)
     weights = exp_difference(scores, lse[None, :], v_tile.dtype, HAS_MASK)
     if WANT_QKV:
         acc_v = tl.dot(weights.to(grad_tile.dtype), grad_tile, acc_v, input_precision=PRECISION, out_dtype=ACC)
     grad_weights = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION, out_dtype=ACC)
-    grad_scores = weights * (grad_weights - delta[None, :])
+    tile = weights * (grad_weights - delta[None, :])
     if WANT_QKV:
-        acc_k = tl.dot(grad_scores.to(q_tile.dtype), q_tile, acc_k, input_precision=PRECISION, out_dtype=ACC)
-    return grad_scores, acc_k, acc_v
+        acc_k = tl.dot(tile.to(q_tile.dtype), q_tile, acc_k, input_precision=PRECISION, out_dtype=ACC)
+    _give_grad_scores(
+        grad_scores, grad_scores_strides, slot, h, start_n, start_m, tile, N, COLS, ROWS, BIAS_GRAD, TMA
+    )  # fmt: skip
+    return tile, acc_k, acc_v
 
 
 @triton.jit
@@ -329,17 +342,17 @@ def attention_bwd_fused_kernel(
     h = tl.program_id(0) % num_heads
     b = first_picture + slot
     w = b % num_masks
-    picture_head = b * num_heads + h
 
     for i in tl.static_range(NUM_M):
-        start_m = i * BLOCK_M
-        grad_tile = load_tile(grad_out, grad_out_strides, b, h, start_m, 0, N, D, BLOCK_M, BLOCK_D, TMA, INSIDE=True)
-        out_tile = load_tile(out, out_strides, b, h, start_m, 0, N, D, BLOCK_M, BLOCK_D, TMA, INSIDE=True)
-        _store_delta(delta_ptr, picture_head, start_m, out_tile, grad_tile, N, BLOCK_M, ACC)
+        _store_delta(
+            delta_ptr, out, out_strides, grad_out, grad_out_strides, b, h, num_heads, i * BLOCK_M,
+            N, D, BLOCK_D, BLOCK_M, True, TMA, ACC,
+        )  # fmt: skip
     if TAIL_M:
-        grad_tile = load_tile(grad_out_tail, grad_out_strides, b, h, MAIN_M, 0, N, D, TAIL_M, BLOCK_D, TMA)
-        out_tile = load_tile(out_tail, out_strides, b, h, MAIN_M, 0, N, D, TAIL_M, BLOCK_D, TMA)
-        _store_delta(delta_ptr, picture_head, MAIN_M, out_tile, grad_tile, N, TAIL_M, ACC)
+        _store_delta(
+            delta_ptr, out_tail, out_strides, grad_out_tail, grad_out_strides, b, h, num_heads, MAIN_M,
+            N, D, BLOCK_D, TAIL_M, False, TMA, ACC,
+        )  # fmt: skip
     tl.debug_barrier()  # other threads of this program read what these wrote
 
     acc_q = (tl.zeros([BLOCK_D, BLOCK_M], ACC),) * NUM_M
@@ -350,38 +363,20 @@ def attention_bwd_fused_kernel(
         acc_k = tl.zeros([BLOCK_N, BLOCK_D], ACC)
         acc_v = tl.zeros([BLOCK_N, BLOCK_D], ACC)
         for i in tl.static_range(NUM_M):
-            start_m = i * BLOCK_M
-            q_tile = load_tile(q, q_strides, b, h, start_m, 0, N, D, BLOCK_M, BLOCK_D, TMA, INSIDE=True)
-            grad_tile = load_tile(
-                grad_out, grad_out_strides, b, h, start_m, 0, N, D, BLOCK_M, BLOCK_D, TMA, INSIDE=True
-            )
-            scores = tile_scores_transposed(
-                q_tile, k_tile, bias, bias_strides, mask_ptr, mask_strides, scale, h, w, start_m, start_n,
-                N, BLOCK_M, BLOCK_N, HAS_BIAS, HAS_MASK, N % BLOCK_N != 0, TMA, ACC, PRECISION,
+            tile, acc_k, acc_v = _take_queries(
+                acc_k, acc_v, k_tile, v_tile, q, q_strides, grad_out, grad_out_strides, bias, bias_strides, grad_scores,
+                grad_scores_strides, mask_ptr, mask_strides, lse_ptr, delta_ptr, scale, slot, b, h, w, num_heads,
+                i * BLOCK_M, start_n,
+                N, D, BLOCK_D, BLOCK_M, BLOCK_N, True, HAS_BIAS, HAS_MASK, True, BIAS_GRAD, TMA, ACC, PRECISION,
             )  # fmt: skip
-            lse, delta = _load_rows(lse_ptr, delta_ptr, picture_head, start_m, N, BLOCK_M)
-            tile, acc_k, acc_v = _add_grad_kv(
-                acc_k, acc_v, scores, q_tile, v_tile, grad_tile, lse, delta, HAS_MASK, True, ACC, PRECISION
-            )
-            _give_grad_scores(
-                grad_scores, grad_scores_strides, slot, h, start_n, start_m, tile, N, BLOCK_N, BLOCK_M, BIAS_GRAD, TMA
-            )
             more = _add_grad_q_transposed(acc_q[i], tile, k_tile, ACC, PRECISION)
             acc_q = acc_q[:i] + (more,) + acc_q[i + 1 :]  # noqa: RUF005  (Triton unpacks nothing)
         if TAIL_M:
-            q_tile = load_tile(q_tail, q_strides, b, h, MAIN_M, 0, N, D, TAIL_M, BLOCK_D, TMA)
-            grad_tile = load_tile(grad_out_tail, grad_out_strides, b, h, MAIN_M, 0, N, D, TAIL_M, BLOCK_D, TMA)
-            scores = tile_scores_transposed(
-                q_tile, k_tile, bias_tail, bias_strides, mask_ptr, mask_strides, scale, h, w, MAIN_M, start_n,
-                N, TAIL_M, BLOCK_N, HAS_BIAS, HAS_MASK, N % BLOCK_N != 0, TMA, ACC, PRECISION,
-            )  # fmt: skip
-            lse, delta = _load_rows(lse_ptr, delta_ptr, picture_head, MAIN_M, N, TAIL_M)
-            tile, acc_k, acc_v = _add_grad_kv(
-                acc_k, acc_v, scores, q_tile, v_tile, grad_tile, lse, delta, HAS_MASK, True, ACC, PRECISION
-            )
-            _give_grad_scores(
-                grad_scores_tail, grad_scores_strides, slot, h, start_n, MAIN_M, tile,
-                N, BLOCK_N, TAIL_M, BIAS_GRAD, TMA,
+            tile, acc_k, acc_v = _take_queries(
+                acc_k, acc_v, k_tile, v_tile, q_tail, q_strides, grad_out_tail, grad_out_strides, bias_tail,
+                bias_strides, grad_scores_tail, grad_scores_strides, mask_ptr, mask_strides, lse_ptr, delta_ptr, scale,
+                slot, b, h, w, num_heads, MAIN_M, start_n,
+                N, D, BLOCK_D, TAIL_M, BLOCK_N, False, HAS_BIAS, HAS_MASK, True, BIAS_GRAD, TMA, ACC, PRECISION,
             )  # fmt: skip
             acc_q_tail = _add_grad_q_transposed(acc_q_tail, tile, k_tile, ACC, PRECISION)
         store_tile(grad_k, grad_k_strides, b, h, start_n, 0, acc_k * scale, N, D, BLOCK_N, BLOCK_D, TMA)
@@ -396,11 +391,15 @@ def attention_bwd_fused_kernel(
 
 @triton.jit
 def _store_delta(
-    delta_ptr, picture_head, start_m, out_tile, grad_tile, N: tl.constexpr, ROWS: tl.constexpr, ACC: tl.constexpr
-):
+    delta_ptr, out, out_strides, grad_out, grad_out_strides, b, h, num_heads, start_m,
+    N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, INSIDE: tl.constexpr,
+    TMA: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    grad_tile = load_tile(grad_out, grad_out_strides, b, h, start_m, 0, N, D, ROWS, BLOCK_D, TMA, INSIDE=INSIDE)
+    out_tile = load_tile(out, out_strides, b, h, start_m, 0, N, D, ROWS, BLOCK_D, TMA, INSIDE=INSIDE)
     offs_m = start_m + tl.arange(0, ROWS)
     delta = tl.sum(out_tile.to(ACC) * grad_tile.to(ACC), 1)
-    tl.store(delta_ptr + tl.cast(picture_head, tl.int64) * N + offs_m, delta, mask=offs_m < N)
+    tl.store(delta_ptr + tl.cast(b * num_heads + h, tl.int64) * N + offs_m, delta, mask=offs_m < N)
 
 
 @triton.jit

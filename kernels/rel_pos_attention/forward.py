@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .._triton.tiles import load_tile, store_tile
-from .scores import LN2, exp_difference, tile_scores
+from .scores import LN2, exp_difference, load_keys
 
 
 @triton.jit
@@ -66,19 +66,15 @@ def attention_fwd_kernel(
     row_sum = tl.zeros([BLOCK_M], ACC)
     acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     for start_n in tl.range(0, MAIN_N, BLOCK_N):
-        k_tile = load_tile(k, k_strides, b, h, start_n, 0, N, D, BLOCK_N, BLOCK_D, TMA, INSIDE=True)
-        v_tile = load_tile(v, v_strides, b, h, start_n, 0, N, D, BLOCK_N, BLOCK_D, TMA, INSIDE=True)
-        scores = tile_scores(
-            q_tile, k_tile, bias, bias_strides, mask_ptr, mask_strides, scale, h, w, start_m, start_n,
-            N, BLOCK_M, BLOCK_N, HAS_BIAS, HAS_MASK, False, TMA, ACC, PRECISION,
+        _, v_tile, scores = load_keys(
+            q_tile, k, k_strides, v, v_strides, bias, bias_strides, mask_ptr, mask_strides, scale, b, h, w, start_m,
+            start_n, N, D, BLOCK_D, BLOCK_M, BLOCK_N, HAS_BIAS, HAS_MASK, False, TMA, ACC, PRECISION,
         )  # fmt: skip
         row_max, row_sum, acc = _online_softmax(scores, v_tile, row_max, row_sum, acc, HAS_MASK, ACC, PRECISION)
     if TAIL_N:
-        k_tile = load_tile(k_tail, k_strides, b, h, MAIN_N, 0, N, D, TAIL_N, BLOCK_D, TMA)
-        v_tile = load_tile(v_tail, v_strides, b, h, MAIN_N, 0, N, D, TAIL_N, BLOCK_D, TMA)
-        scores = tile_scores(
-            q_tile, k_tile, bias_tail, bias_strides, mask_ptr, mask_strides, scale, h, w, start_m, MAIN_N,
-            N, BLOCK_M, TAIL_N, HAS_BIAS, HAS_MASK, True, TMA, ACC, PRECISION,
+        _, v_tile, scores = load_keys(
+            q_tile, k_tail, k_strides, v_tail, v_strides, bias_tail, bias_strides, mask_ptr, mask_strides, scale, b, h,
+            w, start_m, MAIN_N, N, D, BLOCK_D, BLOCK_M, TAIL_N, HAS_BIAS, HAS_MASK, True, TMA, ACC, PRECISION,
         )  # fmt: skip
         row_max, row_sum, acc = _online_softmax(scores, v_tile, row_max, row_sum, acc, HAS_MASK, ACC, PRECISION)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from .._triton.descriptors import Strides, align_rows, padded_length, source, strides, tma_can_read
 from .._triton.target import arch_of, interpreted
 from ..precision import accumulate_dtype
+from . import backward
 from .backward import (
     attention_bwd_fused_kernel,
     attention_bwd_kv_kernel,
@@ -23,7 +24,7 @@ from .backward import (
 from .forward import attention_fwd_kernel
 from .plan import Tile, attention_plan, padded_head_dim, tail
 
-NONE, STORE, ADD, REDUCE = range(4)
+NONE, STORE, ADD, REDUCE = (mode.value for mode in (backward.NONE, backward.STORE, backward.ADD, backward.REDUCE))
 """BIAS_GRAD of the backward kernels."""
 
 WORKSPACE_BYTES = 128 * 2**20
@@ -50,7 +51,12 @@ class _Call:
         self.batch, self.num_heads, self.num_tokens, self.head_dim = q.shape
         self.block_d = padded_head_dim(self.head_dim)
         self.plan = attention_plan(
-            arch_of(q.device), self.num_tokens, self.head_dim, q.dtype, tma=tma_can_read(q, k, v, *others)
+            arch_of(q.device),
+            self.num_tokens,
+            self.head_dim,
+            q.dtype,
+            masked=mask is not None,
+            tma=tma_can_read(q, k, v, *others),
         )
         self.device = q.device
         self.scale = scale
@@ -97,6 +103,30 @@ class _Call:
             "enable_fp_fusion": True,
         }
 
+    def programs(self, tile: Tile) -> tuple[int]:
+        """Grid of a kernel with one program for a block of queries."""
+        return (self.batch * self.num_heads * -(-self.num_tokens // tile.block_m),)
+
+    def over_keys(self, tile: Tile, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> dict[str, Any]:
+        """Arguments of a kernel that holds a block of queries and runs over the keys."""
+        tail_n = tail(self.num_tokens, tile.block_n)
+        return self.shared_arguments(tile) | {
+            "q": self.rows(q, tile.block_m),
+            "k": self.rows(k, tile.block_n),
+            "v": self.rows(v, tile.block_n),
+            "k_tail": self.rows(k, tail_n),
+            "v_tail": self.rows(v, tail_n),
+            "bias": self.square(self.bias, tile.block_m, tile.block_n),
+            "bias_tail": self.square(self.bias, tile.block_m, tail_n),
+            "out": self.rows(out, tile.block_m),
+            "lse_ptr": lse,
+            "q_strides": strides(q),
+            "k_strides": strides(k),
+            "v_strides": strides(v),
+            "out_strides": strides(out),
+            "TAIL_N": tail_n,
+        }
+
     def launches_here(self) -> contextlib.AbstractContextManager[Any]:
         """Triton launches on the current device, which is not always that of the tensors."""
         if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():
@@ -110,26 +140,8 @@ def attention_fwd(
     """Fill `out` and `lse` [B, H, N], which is contiguous, in `lse_dtype(q.dtype)`."""
     call = _Call(q, k, v, bias, mask, scale, out)
     tile = call.plan.forward
-    tail_n = tail(call.num_tokens, tile.block_n)
-    grid = (call.batch * call.num_heads * -(-call.num_tokens // tile.block_m),)
     with call.launches_here():
-        attention_fwd_kernel[grid](
-            q=call.rows(q, tile.block_m),
-            k=call.rows(k, tile.block_n),
-            v=call.rows(v, tile.block_n),
-            k_tail=call.rows(k, tail_n),
-            v_tail=call.rows(v, tail_n),
-            bias=call.square(call.bias, tile.block_m, tile.block_n),
-            bias_tail=call.square(call.bias, tile.block_m, tail_n),
-            out=call.rows(out, tile.block_m),
-            lse_ptr=lse,
-            q_strides=strides(q),
-            k_strides=strides(k),
-            v_strides=strides(v),
-            out_strides=strides(out),
-            TAIL_N=tail_n,
-            **call.shared_arguments(tile),
-        )
+        attention_fwd_kernel[call.programs(tile)](**call.over_keys(tile, q, k, v, out, lse))
 
 
 def attention_bwd(
@@ -157,8 +169,7 @@ def attention_bwd(
     call = _Call(q, k, v, bias, mask, scale, out, grad_out, *(grad_qkv or ()))
     grad_q, grad_k, grad_v = grad_qkv or (None, None, None)
     delta = lse.new_empty(lse.shape, dtype=accumulate_dtype(q.dtype))
-    # With a mask the fused kernel needs more registers than there are.
-    fused = call.plan.backward_fused if grad_qkv and mask is None else None
+    fused = call.plan.backward_fused if grad_qkv else None
     tile = fused or call.plan.backward_kv
     tail_m = tail(call.num_tokens, tile.block_m)
     unordered = REDUCE if call.plan.tma and not interpreted() else ADD
@@ -260,30 +271,14 @@ def _launch_bwd_q(
     grad_q: Tensor | None,
 ) -> None:
     tile = call.plan.backward_q
-    tail_n = tail(call.num_tokens, tile.block_n)
-    grid = (call.batch * call.num_heads * -(-call.num_tokens // tile.block_m),)
-    attention_bwd_q_kernel[grid](
-        q=call.rows(q, tile.block_m),
-        k=call.rows(k, tile.block_n),
-        v=call.rows(v, tile.block_n),
-        k_tail=call.rows(k, tail_n),
-        v_tail=call.rows(v, tail_n),
-        bias=call.square(call.bias, tile.block_m, tile.block_n),
-        bias_tail=call.square(call.bias, tile.block_m, tail_n),
-        out=call.rows(out, tile.block_m),
+    attention_bwd_q_kernel[call.programs(tile)](
         grad_out=call.rows(grad_out, tile.block_m),
         grad_q=call.rows(grad_q, tile.block_m),
-        lse_ptr=lse,
         delta_ptr=delta,
-        q_strides=strides(q),
-        k_strides=strides(k),
-        v_strides=strides(v),
-        out_strides=strides(out),
         grad_out_strides=strides(grad_out),
         grad_q_strides=call.strides(grad_q),
-        TAIL_N=tail_n,
         WANT_QKV=grad_q is not None,
-        **call.shared_arguments(tile),
+        **call.over_keys(tile, q, k, v, out, lse),
     )
 
 

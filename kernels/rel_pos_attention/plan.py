@@ -84,10 +84,13 @@ _pinned: Plan | None = None
 
 
 @functools.cache
-def attention_plan(arch: str, num_tokens: int, head_dim: int, dtype: torch.dtype, *, tma: bool = True) -> Plan:
+def attention_plan(
+    arch: str, num_tokens: int, head_dim: int, dtype: torch.dtype, *, masked: bool = False, tma: bool = True
+) -> Plan:
     """The kernels and tiles for pictures of `num_tokens` tokens with heads of `head_dim` channels.
 
     arch: "sm_90", "sm_80", "gfx942", ...
+    masked: whether there is a mask besides the bias; the fused backward has no registers left for one
     tma:  False where descriptors cannot be made of the tensors, whose strides are not multiples of 16 bytes
     """
     if _pinned is not None:
@@ -101,7 +104,8 @@ def attention_plan(arch: str, num_tokens: int, head_dim: int, dtype: torch.dtype
     else:
         table = POINTER if half else POINTER_FP32
     tiles = table[64 if head_dim <= 64 else 128]
-    fused = FUSED if tma and arch == "sm_90" and head_dim <= 64 and num_tokens in FUSED_TOKENS else None
+    fits = head_dim <= 64 and num_tokens in FUSED_TOKENS and not masked
+    fused = FUSED if tma and arch == "sm_90" and fits else None
     return Plan(arch, tma, *tiles, fused)
 
 

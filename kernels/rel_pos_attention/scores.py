@@ -33,33 +33,48 @@ def tile_scores(
     TMA: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
+    KEYS_FIRST: tl.constexpr = False,
 ):
-    """scale * q k^T + bias + mask, [ROWS, COLS]; -inf for keys past the last, which only a TAIL has."""
-    scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION, out_dtype=ACC) * scale
+    """scale * q k^T + bias + mask, [ROWS, COLS], or transposed with KEYS_FIRST.
+
+    TAIL: keys of the tile may be past the last one; those get -inf.
+    """
+    if KEYS_FIRST:
+        scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION, out_dtype=ACC) * scale
+    else:
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION, out_dtype=ACC) * scale
     if HAS_BIAS:
-        scores += load_tile(bias, bias_strides, 0, h, start_m, start_n, N, padded(N), ROWS, COLS, TMA).to(ACC)
+        tile = load_tile(bias, bias_strides, 0, h, start_m, start_n, N, padded(N), ROWS, COLS, TMA)
+        scores += (tl.trans(tile) if KEYS_FIRST else tile).to(ACC)
     if HAS_MASK:
         tile = load_tile(mask_ptr, mask_strides, w, 0, start_m, start_n, N, padded(N), ROWS, COLS, False)
-        scores += tile.to(ACC)
+        scores += (tl.trans(tile) if KEYS_FIRST else tile).to(ACC)
     if TAIL:
-        scores = tl.where((start_n + tl.arange(0, COLS) < N)[None, :], scores, float("-inf"))
+        is_key = start_n + tl.arange(0, COLS) < N
+        scores = tl.where(is_key[:, None] if KEYS_FIRST else is_key[None, :], scores, float("-inf"))
     return scores
 
 
 @triton.jit
-def tile_scores_transposed(
+def load_keys(
     q_tile,  # [ROWS, BLOCK_D]
-    k_tile,  # [COLS, BLOCK_D]
-    bias,  # [1, H, N, N]; a descriptor under TMA, else a pointer
+    k,  # [B, H, N, D]; descriptors under TMA, else pointers, like v and bias
+    k_strides,
+    v,
+    v_strides,
+    bias,  # [1, H, N, N]
     bias_strides,
     mask_ptr,  # [W, 1, N, N]
     mask_strides,
     scale,
+    b,
     h,
     w,
     start_m,
     start_n,
     N: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -69,17 +84,14 @@ def tile_scores_transposed(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The same with keys as rows, [COLS, ROWS]."""
-    scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION, out_dtype=ACC) * scale
-    if HAS_BIAS:
-        tile = load_tile(bias, bias_strides, 0, h, start_m, start_n, N, padded(N), ROWS, COLS, TMA)
-        scores += tl.trans(tile).to(ACC)
-    if HAS_MASK:
-        tile = load_tile(mask_ptr, mask_strides, w, 0, start_m, start_n, N, padded(N), ROWS, COLS, False)
-        scores += tl.trans(tile).to(ACC)
-    if TAIL:
-        scores = tl.where((start_n + tl.arange(0, COLS) < N)[:, None], scores, float("-inf"))
-    return scores
+    """COLS keys and their values, [COLS, BLOCK_D] each, and the scores [ROWS, COLS] of the queries with them."""
+    k_tile = load_tile(k, k_strides, b, h, start_n, 0, N, D, COLS, BLOCK_D, TMA, INSIDE=not TAIL)
+    v_tile = load_tile(v, v_strides, b, h, start_n, 0, N, D, COLS, BLOCK_D, TMA, INSIDE=not TAIL)
+    scores = tile_scores(
+        q_tile, k_tile, bias, bias_strides, mask_ptr, mask_strides, scale, h, w, start_m, start_n,
+        N, ROWS, COLS, HAS_BIAS, HAS_MASK, TAIL, TMA, ACC, PRECISION,
+    )  # fmt: skip
+    return k_tile, v_tile, scores
 
 
 @triton.jit
