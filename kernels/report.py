@@ -84,9 +84,9 @@ class Row(NamedTuple):
 
 def all_cases() -> dict[str, list["Case"]]:
     """Folder of an operator -> what to compile of it."""
-    from .rel_pos_attention import builds
+    from .rel_pos_attention import report_cases
 
-    return {"rel_pos_attention": list(builds.cases())}
+    return {"rel_pos_attention": list(report_cases.cases())}
 
 
 def compile_rows(cases: list["Case"]) -> list[Row]:

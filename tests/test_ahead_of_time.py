@@ -103,7 +103,7 @@ def test_the_whole_table_says_what_is_compiled():
 def test_sm_90_keeps_no_register_in_memory_with_a_mask_or_without_a_bias(num_tokens, options):
     code = f"""
 from fused_beit.kernels._triton.ahead_of_time import Case, compile_case
-from fused_beit.kernels.rel_pos_attention.builds import launch_all
+from fused_beit.kernels.rel_pos_attention.report_cases import launch_all
 for kernel in compile_case(Case("sm_90", "", "", lambda: launch_all({num_tokens}, 64, {options}))):
     print(kernel.kernel, kernel.stack)
 """

@@ -1,4 +1,4 @@
-"""The launches of this operator that the report compiles ahead of time: every pinned tile, in bf16, at BEiT's sizes."""
+"""The launches of this operator that the report compiles ahead of time: the pinned bf16 tiles at BEiT's sizes."""
 
 from collections.abc import Iterator
 from functools import partial
