@@ -8,6 +8,7 @@ python -m fused_beit.kernels.report --check   compile and compare with the table
 """
 
 import argparse
+import importlib
 import importlib.util
 import json
 import multiprocessing
@@ -31,7 +32,7 @@ HEAD = """\
 
 Compiled ahead of time in bf16 by Triton {version}; nothing here was run. Written by `make kernel-report`.
 
-- build: how the gradient of the bias is summed over the pictures; of `atomics` only kernels that differ are listed
+- build: the variant that was compiled, as `report_cases.py` says; a kernel that several variants share is listed once
 - registers, stack (bytes): of a thread. A stack is registers kept in memory; spills are its loads and stores
   (on AMD the registers kept there)
 - shared: KiB of a program; tensor: columns of the tensor memory that sm_100 has
@@ -83,10 +84,10 @@ class Row(NamedTuple):
 
 
 def all_cases() -> dict[str, list["Case"]]:
-    """Folder of an operator -> what to compile of it."""
-    from .rel_pos_attention import report_cases
-
-    return {"rel_pos_attention": list(report_cases.cases())}
+    """Folder of an operator -> what to compile of it: the `cases()` of its report_cases.py."""
+    folders = sorted(path.parent.name for path in KERNELS.glob("*/report_cases.py"))
+    modules = {folder: importlib.import_module(f".{folder}.report_cases", __package__) for folder in folders}
+    return {folder: list(module.cases()) for folder, module in modules.items()}
 
 
 def compile_rows(cases: list["Case"]) -> list[Row]:
