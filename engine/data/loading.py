@@ -6,7 +6,7 @@ number alone, so a run is entered at any step at once.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -167,7 +167,7 @@ def train_loader(
     seed: int,
     start_step: int = 0,
     num_steps: int,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Micro-batches of this rank for steps `start_step` .. `num_steps` - 1, those of one step after each other.
 
     grid:         patches along one side of the patch view
@@ -300,7 +300,7 @@ def check_readable(source: Source) -> None:
     )
 
 
-def _checked(batches: Iterator[Batch | str]) -> Iterator[Batch]:
+def _checked(batches: Iterator[Batch | str]) -> Generator[Batch]:
     for batch in batches:
         if isinstance(batch, str):
             raise UserError(batch)

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from multiprocessing.context import BaseContext
 from types import FrameType
 from typing import TypeVar
@@ -21,10 +21,13 @@ _LOOK_SECONDS = 5.0  # between two looks at whether the workers live
 _GRACE_SECONDS = 30  # that a worker goes on after SIGTERM
 
 
-def iterate(items: Dataset[T], count: int, workers: int, timeout: float) -> Iterator[T]:
+def iterate(items: Dataset[T], count: int, workers: int, timeout: float) -> Generator[T]:
     """Items 0 .. count - 1 of a dataset in order, made in `workers` processes; 0 makes them in this one.
 
     timeout: seconds to wait for an item; 0 waits for ever
+
+    Close it when you stop before the end: it ends its workers at once then. Left to the garbage collector it takes
+    seconds for each, for that may close the queues first through which they are told to end.
 
     Raises:
         RuntimeError: where a worker ends, or gives no item in time

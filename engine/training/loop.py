@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -60,7 +60,7 @@ class Loop:
 
     engine: ZeroEngine
     tokenizer: DiscreteVAE
-    batches: Iterator[Batch]
+    batches: Generator[Batch]
     schedule: Schedule
     settings: Settings
     log: MetricsLog | None
@@ -151,6 +151,7 @@ class Loop:
         return figures["stop"] > 0
 
     def close(self) -> None:
+        self.batches.close()
         self.progress.close()
         if self.log is not None:
             self.log.close()

@@ -147,7 +147,7 @@ class Run:
         self.loop = Loop(
             engine=self.engine,
             tokenizer=self.tokenizer,
-            batches=iter(loader),
+            batches=loader,
             schedule=Schedule(settings.optim, self.total_steps, self.steps_per_epoch),
             settings=settings,
             log=MetricsLog(folder.path, self.start_step) if self.first else None,
