@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fused_beit.kernels import Impl, ImplUnavailable, operators, resolve
+from fused_beit.kernels._triton import target
 from fused_beit.kernels.impl import Operator, Resolved
 from fused_beit.kernels.testing import assert_no_worse_than_eager, assert_parity, rel_pos_attention_inputs
 
@@ -112,6 +113,15 @@ print(fused_beit.kernels.rel_pos_attention(torch.randn(1, 5, 3, 2, 4), None, imp
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "[1, 5, 8]" in done.stdout
+
+
+def test_triton_is_refused_on_a_gpu_older_than_its_kernels(monkeypatch):
+    monkeypatch.setattr(target, "interpreted", lambda: False)
+    monkeypatch.setattr(target, "_arch_of_gpu", lambda index: "sm_75")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.raises(ImplUnavailable, match="GPUs from sm_80 on, and this one is sm_75"):
+        resolve("rel_pos_attention", "triton", "cuda")
 
 
 def test_rule_allows_twice_eager_torchs_error_and_one_rounding_and_no_more():

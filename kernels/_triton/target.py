@@ -6,6 +6,7 @@ import importlib.util
 import torch
 
 INTERPRETER = "interpreter"
+OLDEST_NVIDIA = 80
 
 pretended: str | None = None
 """The architecture that is compiled for ahead of time, if any."""
@@ -35,9 +36,20 @@ def why_unavailable(device_type: str, dtype: torch.dtype | None = None) -> str |
         return None
     if device_type != "cuda":
         return f"Triton needs a GPU, but the tensors are on {device_type}; TRITON_INTERPRET=1 runs it slowly anywhere"
+    if (arch := _arch_if_any()) is not None and _is_too_old(arch):
+        return f"the kernels are made for GPUs from sm_80 on, and this one is {arch}"
     if dtype is torch.float64:
         return "the kernels are made for float32, float16 and bfloat16; float64 is for Triton's interpreter"
     return None
+
+
+def _arch_if_any() -> str | None:
+    """Architecture of the current GPU; None where there is none, as for tensors that only have a shape."""
+    return _arch_of_gpu(torch.cuda.current_device()) if torch.cuda.is_available() else None
+
+
+def _is_too_old(arch: str) -> bool:
+    return arch.startswith("sm_") and int(arch.removeprefix("sm_")) < OLDEST_NVIDIA
 
 
 def arch_of(device: torch.device) -> str:

@@ -1,7 +1,8 @@
 """Which kernels run with which tiles: pinned for each architecture, head size and dtype. Nothing is searched for.
 
-Two families. `tma`, for sm_90 and later in half precision: descriptors, whose loads cost no registers for addresses and
-masks, wgmma, and on sm_90 the fused backward. `pointer`, for everything else, with tiles of its own on AMD.
+Two families. `tma`, for sm_90 and sm_100 in half precision: descriptors, whose loads cost no registers for addresses
+and masks, wgmma or tensor memory, and on sm_90 the fused backward. `pointer`, for everything else, with tiles of its
+own on AMD.
 
 The tiles were chosen from what Triton 3.9.0 compiles them to (`make kernel-report`) and are not timed on a GPU yet:
 first no stack, which is registers kept in memory; then few bytes loaded for the work of a tile, and as many warps on a
@@ -96,7 +97,7 @@ def attention_plan(
     if _pinned is not None:
         return _pinned
     half = dtype.itemsize == 2
-    tma = tma and half and has_tma(arch)
+    tma = tma and half and feeds_tensor_cores_by_tma(arch)
     if arch.startswith("gfx"):
         table = AMD if half else AMD_FP32
     elif tma:
@@ -109,9 +110,13 @@ def attention_plan(
     return Plan(arch, tma, *tiles, fused)
 
 
-def has_tma(arch: str) -> bool:
-    """Whether the architecture has a tensor memory accelerator: sm_90 and later."""
-    return arch.startswith("sm_") and int(arch.removeprefix("sm_")) >= 90
+def feeds_tensor_cores_by_tma(arch: str) -> bool:
+    """Whether the architecture has TMA and tensor cores that read what it brings: sm_90 to sm_110.
+
+    sm_120 has TMA, but takes the products of sm_80 from registers: with the tiles of this family Triton 3.9.0 keeps up
+    to 3 KB a thread in memory there.
+    """
+    return arch.startswith("sm_") and 90 <= int(arch.removeprefix("sm_")) < 120
 
 
 @contextlib.contextmanager
