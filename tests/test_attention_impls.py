@@ -9,7 +9,7 @@ import pytest
 import torch
 from triton_families import NEEDS_INTERPRETER, exact_products  # noqa: F401
 
-from fused_beit.kernels import ImplUnavailable, RelativePositionBias, attention, rel_pos_attention
+from fused_beit.kernels import ImplUnavailable, attention, rel_pos_attention
 from fused_beit.kernels.testing import (
     assert_no_worse_than_eager,
     outputs_and_grads,
@@ -199,26 +199,6 @@ def test_a_frozen_bias_leaves_the_gradient_of_many_layers_alone(impl):
     assert torch.equal(gradient, torch.ones_like(gradient))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-def test_the_gradient_of_a_shared_table_equals_that_of_a_plain_one(impl):
-    module = RelativePositionBias((2, 3), 2)
-    torch.nn.init.normal_(module.relative_position_bias_table)
-    qkv = inputs_of(2)["qkv"]
-
-    def gradient(dense, **options):
-        x = qkv
-        for _ in range(3):
-            x = qkv * rel_pos_attention(x, dense, impl=impl, **options).unflatten(2, (1, 2, 8))
-        module.zero_grad()
-        x.sum().backward()
-        return module.relative_position_bias_table.grad.clone()
-
-    module.double()
-    plain = gradient(module())
-    shared = module.shared()
-    torch.testing.assert_close(gradient(shared.bias, accumulate_into=shared.gradient), plain, rtol=1e-12, atol=1e-12)
-
-
 def test_flex_takes_no_pictures_with_a_mask():
     nothing = torch.zeros(0, 2, NUM_TOKENS, 16)
     assert (
@@ -356,6 +336,22 @@ def numbers(*shape, dtype=torch.float32):
         ({"mask": numbers(7, 7).requires_grad_()}, ValueError, "mask gets no gradient, .* learned belongs into bias"),
         ({"mask": numbers(7, 7).long()}, TypeError, "mask must be a floating-point tensor, but is torch.int64"),
         ({"mask": torch.zeros(7, 7, device="meta")}, ValueError, "mask must be on cpu as q is, but is on meta"),
+        (
+            {"rounded_bias": numbers(2, 7, 6)},
+            ValueError,
+            r"rounded_bias must have shape \[2, 7, 7\], but has \[2, 7, 6\]",
+        ),
+        (
+            {"rounded_bias": numbers(2, 7, 7, dtype=torch.float16)},
+            ValueError,
+            "rounded_bias must be torch.float32, the dtype of the products.* but it is torch.float16",
+        ),
+        (
+            {"rounded_bias": numbers(2, 7, 7).requires_grad_()},
+            ValueError,
+            "without a gradient of its own.* requires_grad=True, and bias is given",
+        ),
+        ({"rounded_bias": numbers(2, 7, 7), "bias": None}, ValueError, "come with a bias.* and bias is None"),
         (
             {"accumulate_into": numbers(2, 7, 6)},
             ValueError,

@@ -128,7 +128,7 @@ def test_a_token_alone_has_its_value_and_gradients_of_rounding_noise(family, dty
 @pytest.mark.parametrize("num_tokens", [5, 49])
 def test_lse_is_no_worse_than_eager_torch_in_fp32(family, num_tokens, dtype):
     inputs = rel_pos_attention_inputs(2, num_tokens, 2, 16, dtype=dtype)
-    _, lse = torch.ops.fused_beit.attention_fwd([inputs["qkv"]], inputs["bias"], None, None, 0.25, True)
+    _, lse = torch.ops.fused_beit.attention_fwd([inputs["qkv"]], inputs["bias"], None, None, None, 0.25, True)
 
     def eager(dtype):
         q, k, _ = inputs["qkv"].to(dtype).permute(2, 0, 3, 1, 4)
@@ -354,16 +354,16 @@ def test_the_plan_names_family_and_tiles():
     assert f"of k and v {apart.backward_kv.block_m}x{apart.backward_kv.block_n} by" in str(apart)
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "gfx942", "interpreter", "something"])
-def test_architectures_without_tma_have_the_pointer_family(arch):
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_120", "gfx942", "interpreter", "something"])
+def test_architectures_whose_products_take_registers_have_the_pointer_family(arch):
     plan = attention_plan(arch, 197, 64, torch.bfloat16)
     assert (plan.tma, plan.backward_fused) == (False, None)
     assert str(plan).startswith(f"{arch}, pointer family: ")
 
 
-@pytest.mark.parametrize("arch", ["sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100", "sm_103"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_later_architectures_have_tma_for_half_precision(arch, dtype):
+def test_data_centre_gpus_from_sm_90_on_have_tma_for_half_precision(arch, dtype):
     assert attention_plan(arch, 577, 64, dtype).tma == (dtype.itemsize == 2)
     assert not attention_plan(arch, 577, 64, dtype, tma=False).tma
 

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .._triton.descriptors import padded_length
+from .._triton.descriptors import align_rows, padded_length
 from .._triton.target import why_unavailable
 from ..impl import AUTO, Impl, ImplUnavailable, Operator, refusal
 from ..precision import accumulate_dtype
@@ -143,13 +142,17 @@ def _run_scatter(grad_HNN: Tensor, window: Sequence[int], cls_token: bool, dtype
     return sums_RH.to(dtype)
 
 
-def _expand_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    table_RH, window, cls_token, _ = inputs
-    ctx.arguments = window, cls_token, table_RH.dtype
+def _save_arguments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    tensor, window, cls_token, _ = inputs
+    ctx.arguments = window, cls_token, tensor.dtype
 
 
 def _expand_backward(ctx: Any, grad_HNN: Tensor) -> tuple[Tensor | None, ...]:
     return _scatter_triton(grad_HNN, *ctx.arguments), None, None, None
+
+
+def _scatter_backward(ctx: Any, grad_RH: Tensor) -> tuple[Tensor | None, ...]:
+    return _expand_triton(grad_RH, *ctx.arguments), None, None, None
 
 
 EXPAND = Operator(
@@ -164,15 +167,15 @@ SCATTER = Operator(
 )
 
 if not hasattr(torch.ops.fused_beit, "expand_table_triton"):  # once only, as in impl.py
-    for _name, _argument, _kernel, _fake in (
-        ("expand_table_triton", "table", _run_expand, _empty_bias),
-        ("scatter_table_triton", "grad", _run_scatter, _empty_table),
+    for _name, _argument, _kernel, _fake, _gradient in (
+        ("expand_table_triton", "table", _run_expand, _empty_bias, _expand_backward),
+        ("scatter_table_triton", "grad", _run_scatter, _empty_table, _scatter_backward),
     ):
         _schema = f"(Tensor {_argument}, int[] window, bool cls_token, ScalarType dtype) -> Tensor"
         torch.library.define(f"fused_beit::{_name}", _schema)
         torch.library.impl(f"fused_beit::{_name}", ("cpu", "cuda"), _kernel)
         torch.library.register_fake(f"fused_beit::{_name}", _fake)
-    torch.library.register_autograd("fused_beit::expand_table_triton", _expand_backward, setup_context=_expand_setup)
+        torch.library.register_autograd(f"fused_beit::{_name}", _gradient, setup_context=_save_arguments)
 
 
 def expand_table(
@@ -217,7 +220,7 @@ def scatter_table(
     dtype: of the result, that of the gradient when None
     ->     [R, H]     summed in fp32 (float64 for float64), in a fixed order
 
-    It has no gradient itself with impl="triton". Raises as `expand_table` does.
+    Raises as `expand_table` does.
     """
     name = "scatter_table"
     window = check_window(name, window)
@@ -232,47 +235,14 @@ def scatter_table(
 
 
 class SharedBias(NamedTuple):
-    """A dense bias for all layers, and where they leave its gradient.
+    """A dense bias for all layers, expanded and rounded once.
 
-    bias:     [H, N, N]  as `expand_table` gives it
-    gradient: [H, N, N]  fp32 (float64 for a float64 table), contiguous, zeros: the backward of each user adds to it
+    bias:    [H, N, N]  fp32 or float64: what gets the gradients, which autograd sums over the layers in this dtype
+    rounded: [H, N, N]  the same in the dtype of the products, for `rounded_bias`; None where that is the bias's own
     """
 
     bias: Tensor
-    gradient: Tensor
-
-
-class _ExpandShared(torch.autograd.Function):
-    """expand_table, whose gradient is that of autograd, if any, plus what the users of the bias added to a buffer.
-
-    Autograd runs this backward after those of all users, even when none of them returns a gradient.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        table_RH: Tensor,
-        gradient_HNN: Tensor,
-        window: tuple[int, int],
-        cls_token: bool,
-        dtype: torch.dtype | None,
-        impl: str | Impl,
-    ) -> Tensor:
-        ctx.set_materialize_grads(False)
-        # Not by save_for_backward, which would take the sums that arrive later for a mistake.
-        ctx.gradient_HNN = gradient_HNN
-        ctx.arguments = window, cls_token, table_RH.dtype, impl
-        return expand_table(table_RH, window, cls_token, dtype, impl)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_HNN: Tensor | None) -> tuple[Tensor | None, ...]:
-        gradient_HNN = ctx.gradient_HNN
-        if grad_HNN is not None:
-            gradient_HNN.add_(grad_HNN)
-        grad_RH = scatter_table(gradient_HNN, *ctx.arguments)
-        gradient_HNN.zero_()  # a second backward over the same graph starts anew
-        return grad_RH, None, None, None, None, None
+    rounded: Tensor | None
 
 
 class RelativePositionBias(nn.Module):
@@ -283,8 +253,7 @@ class RelativePositionBias(nn.Module):
     cls_token: whether token 0 is a CLS token, with rows of its own
     impl:      of `expand_table` and `scatter_table`
 
-    Call it once for each set of weights: the blocks of BEiT's pre-training share one result, so that their gradients
-    are summed in one [H, N, N] tensor and reduced to the table once.
+    The blocks of BEiT's pre-training share one table: `shared` expands it once for all of them.
     """
 
     def __init__(
@@ -303,32 +272,20 @@ class RelativePositionBias(nn.Module):
         num_rows = num_relative_positions(self.window, cls_token)
         self.relative_position_bias_table = nn.Parameter(torch.zeros(num_rows, num_heads))
 
-    def forward(self, dtype: torch.dtype | None = None, gradient: Tensor | None = None) -> Tensor:
-        """The dense bias [H, N, N] in `dtype`, the table's when None; its rows are aligned as `expand_table` says.
-
-        gradient: that of a `SharedBias`; `shared` makes one
-        """
-        table_RH = self.relative_position_bias_table
-        if gradient is None:
-            return expand_table(table_RH, self.window, self.cls_token, dtype, self.impl)
-        return _ExpandShared.apply(table_RH, gradient, self.window, self.cls_token, dtype, self.impl)
+    def forward(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense bias [H, N, N] in `dtype`, the table's when None; its rows are aligned as `expand_table` says."""
+        return expand_table(self.relative_position_bias_table, self.window, self.cls_token, dtype, self.impl)
 
     def shared(self, dtype: torch.dtype | None = None) -> SharedBias:
-        """The dense bias for several layers that add its gradient to one buffer, and that buffer.
+        """The dense bias for layers whose products are in `dtype`, the table's when None; one for every forward.
 
-        Make one for every forward. A layer either adds to `gradient` in its backward and returns no gradient for
-        `bias`, or lets autograd bring it; the table gets the sum of both, once, after the last layer.
-
-        Hand it to torch.utils.checkpoint whole, not as two arguments: that refuses to run again with an argument that
-        is a tensor and was written to since, as `gradient` is.
+        It is expanded and rounded once. Each layer's gradient is that of the fp32 bias, so that the sum over the layers
+        is made in fp32 and reduced to the table once.
         """
-        table = self.relative_position_bias_table
-        num_tokens = _num_tokens(self.window, self.cls_token)
-        # Only its dtype and device are read here: where a table is gathered for its module's call, it has no rows yet.
-        gradient = torch.zeros(
-            self.num_heads, num_tokens, num_tokens, dtype=accumulate_dtype(table.dtype), device=table.device
-        )
-        return SharedBias(self(dtype, gradient), gradient)
+        dtype = self.relative_position_bias_table.dtype if dtype is None else dtype
+        wide = accumulate_dtype(torch.promote_types(self.relative_position_bias_table.dtype, dtype))
+        bias = self(wide)
+        return SharedBias(bias, None if dtype == wide else align_rows(bias.detach(), dtype))
 
     def extra_repr(self) -> str:
         return f"window={self.window}, num_heads={self.num_heads}, cls_token={self.cls_token}"

@@ -19,28 +19,33 @@ from .xformers import attention_xformers, why_no_xformers
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float, bool], Tensor]
 
 
-class _GradientInto(torch.autograd.Function):
-    """The bias, unchanged. Its gradient is added to a tensor, and autograd gets none."""
+class _BiasUsed(torch.autograd.Function):
+    """The bias, as rounded before where it was. Its gradient goes to the bias, or is added to a tensor instead."""
 
     @staticmethod
-    def forward(ctx: Any, bias: Tensor, accumulate_into: Tensor) -> Tensor:
+    def forward(ctx: Any, bias: Tensor, rounded_bias: Tensor | None, accumulate_into: Tensor | None) -> Tensor:
+        ctx.dtype = bias.dtype
         ctx.accumulate_into = accumulate_into
-        return bias.view_as(bias)
+        used = bias if rounded_bias is None else rounded_bias
+        return used.view_as(used)
 
     @staticmethod
-    def backward(ctx: Any, grad_bias: Tensor) -> tuple[None, None]:
+    def backward(ctx: Any, grad_bias: Tensor) -> tuple[Tensor | None, None, None]:
+        if ctx.accumulate_into is None:
+            return grad_bias.to(ctx.dtype), None, None
         ctx.accumulate_into.add_(grad_bias)
-        return None, None
+        return None, None, None
 
 
 def _separate(attend: Attend) -> Callable[..., Tensor]:
-    """`attend`, in the dtype that autocast asks for, with its bias gradient where `accumulate_into` says."""
+    """`attend`, in the dtype that autocast asks for, with its bias gradient where the arguments say."""
 
     def run(
         q: Tensor,
         k: Tensor,
         v: Tensor,
         bias: Tensor | None,
+        rounded_bias: Tensor | None,
         mask: Tensor | None,
         accumulate_into: Tensor | None,
         scale: float,
@@ -49,8 +54,8 @@ def _separate(attend: Attend) -> Callable[..., Tensor]:
         dtype = compute_dtype(q)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         mask = None if mask is None else mask.to(dtype)
-        if bias is not None and accumulate_into is not None:
-            bias = _GradientInto.apply(bias, accumulate_into)
+        if bias is not None and not (rounded_bias is None and accumulate_into is None):
+            bias = _BiasUsed.apply(bias, rounded_bias, accumulate_into)
         with torch.autocast(q.device.type, enabled=False):
             return attend(q, k, v, bias, mask, scale, deterministic)
 
@@ -82,7 +87,10 @@ ON_CUDA = Resolved(
 )
 AUTOMATIC = {"cpu": ON_CPU, "cuda": ON_CUDA}
 REQUIREMENTS = {Impl.TRITON: why_unavailable, Impl.XFORMERS: why_no_xformers, Impl.FLEX: why_no_flex}
-OTHERS = "Tensor? bias, Tensor? mask, Tensor? accumulate_into, float scale, bool deterministic, str impl"
+OTHERS = (
+    "Tensor? bias, Tensor? rounded_bias, Tensor? mask, Tensor? accumulate_into, float scale, bool deterministic, "
+    "str impl"
+)
 
 PACKED = Operator(
     f"rel_pos_attention(Tensor qkv, {OTHERS}) -> Tensor",
@@ -105,6 +113,7 @@ def rel_pos_attention(
     mask: Tensor | None = None,
     scale: float | None = None,
     deterministic: bool = True,
+    rounded_bias: Tensor | None = None,
     accumulate_into: Tensor | None = None,
     impl: str | Impl = AUTO,
 ) -> Tensor:
@@ -118,8 +127,11 @@ def rel_pos_attention(
     scale: factor on q k^T, 1/sqrt(D) when None. It applies neither to the bias nor to the mask.
     deterministic: sum the gradient of the bias over the pictures in a fixed order, so that it is the same bits in every
                    run; False lets an implementation be faster
-    accumulate_into: [H, N, N] fp32 (float64 for float64), contiguous: the gradient of the bias is added to it, and
-                     autograd gets none. For a bias that many layers share, see RelativePositionBias.shared.
+    rounded_bias:    [H, N, N] the bias in the dtype of the products, where many layers share it and it was rounded for
+                     all of them at once, as RelativePositionBias.shared does. Its values are used; the gradient is the
+                     bias's, in the bias's dtype.
+    accumulate_into: [H, N, N] fp32 (float64 for float64), contiguous: the backward adds the gradient of the bias to it,
+                     and autograd gets none
     ->     [B, N, H*D]      in the dtype of qkv; under autocast in autocast's dtype
 
     Half-precision inputs: the bias is used in the dtype of qkv, the softmax sums in fp32. There is no dropout.
@@ -131,11 +143,13 @@ def rel_pos_attention(
     check_shape(name, "qkv", qkv, "B", "N", 3, "H", "D")
     check_float(name, qkv=qkv)
     batch, num_tokens, _, num_heads, head_dim = qkv.shape
-    mask = _checked(name, "qkv", qkv, batch, num_heads, num_tokens, bias, mask, accumulate_into, deterministic)
+    mask = _checked(
+        name, "qkv", qkv, batch, num_heads, num_tokens, bias, rounded_bias, mask, accumulate_into, deterministic
+    )
     scale = head_dim**-0.5 if scale is None else scale
     resolved = PACKED.resolve(impl, qkv.device.type)
     return torch.ops.fused_beit.rel_pos_attention(
-        qkv, bias, mask, accumulate_into, scale, deterministic, resolved.impl.value
+        qkv, bias, rounded_bias, mask, accumulate_into, scale, deterministic, resolved.impl.value
     )
 
 
@@ -148,6 +162,7 @@ def attention(
     mask: Tensor | None = None,
     scale: float | None = None,
     deterministic: bool = True,
+    rounded_bias: Tensor | None = None,
     accumulate_into: Tensor | None = None,
     impl: str | Impl = AUTO,
 ) -> Tensor:
@@ -168,11 +183,13 @@ def attention(
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"{name}: q, k and v must have one dtype, but have {q.dtype}, {k.dtype} and {v.dtype}")
     batch, num_heads, num_tokens, head_dim = q.shape
-    mask = _checked(name, "q", q, batch, num_heads, num_tokens, bias, mask, accumulate_into, deterministic)
+    mask = _checked(
+        name, "q", q, batch, num_heads, num_tokens, bias, rounded_bias, mask, accumulate_into, deterministic
+    )
     scale = head_dim**-0.5 if scale is None else scale
     resolved = SEPARATE.resolve(impl, q.device.type)
     return torch.ops.fused_beit.attention(
-        q, k, v, bias, mask, accumulate_into, scale, deterministic, resolved.impl.value
+        q, k, v, bias, rounded_bias, mask, accumulate_into, scale, deterministic, resolved.impl.value
     )
 
 
@@ -184,15 +201,26 @@ def _checked(
     num_heads: int,
     num_tokens: int,
     bias: Tensor | None,
+    rounded_bias: Tensor | None,
     mask: Tensor | None,
     accumulate_into: Tensor | None,
     deterministic: bool,
 ) -> Tensor | None:
     """Check what both operators take besides q, k, v. -> the mask as numbers to add, [W, 1 or N, N]."""
     check_float(name, bias=bias)
-    check_same_device(name, first_name, first, bias=bias, mask=mask, accumulate_into=accumulate_into)
+    others = {"bias": bias, "rounded_bias": rounded_bias, "mask": mask, "accumulate_into": accumulate_into}
+    check_same_device(name, first_name, first, **others)
     if bias is not None:
         check_shape(name, "bias", bias, num_heads, num_tokens, num_tokens)
+    if rounded_bias is not None:
+        check_shape(name, "rounded_bias", rounded_bias, num_heads, num_tokens, num_tokens)
+        wanted = compute_dtype(first)
+        if bias is None or rounded_bias.dtype != wanted or rounded_bias.requires_grad:
+            raise ValueError(
+                f"{name}: rounded_bias must be {wanted}, the dtype of the products, without a gradient of its own, and "
+                f"come with a bias, but it is {rounded_bias.dtype} with requires_grad={rounded_bias.requires_grad}, "
+                f"and bias is {'None' if bias is None else 'given'}"
+            )
     if accumulate_into is not None:
         check_shape(name, "accumulate_into", accumulate_into, num_heads, num_tokens, num_tokens)
         wanted = accumulate_dtype(first.dtype)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._triton.descriptors import tma_can_read
 from .._triton.target import why_unavailable
+from ..differentiation import differentiable_once
 from ..impl import ImplUnavailable
 from ..precision import compute_dtype
 from ..validation import check_determinism
@@ -19,8 +20,8 @@ HEAD_DIM_STEP = 8
 LARGEST_HEAD_DIM = 128
 
 FORWARD = (
-    "(Tensor[] qkv, Tensor? bias, Tensor? mask, Tensor? accumulate_into, float scale, bool deterministic) "
-    "-> (Tensor out, Tensor lse)"
+    "(Tensor[] qkv, Tensor? bias, Tensor? rounded_bias, Tensor? mask, Tensor? accumulate_into, float scale, "
+    "bool deterministic) -> (Tensor out, Tensor lse)"
 )
 BACKWARD = (
     "(Tensor grad_out, Tensor[] qkv, Tensor? bias, Tensor? mask, Tensor out, Tensor lse, float scale, "
@@ -31,6 +32,7 @@ BACKWARD = (
 def rel_pos_attention_triton(
     qkv_BN3HD: Tensor,
     bias_HNN: Tensor | None,
+    rounded_bias_HNN: Tensor | None,
     mask_WNN: Tensor | None,
     accumulate_into: Tensor | None,
     scale: float,
@@ -41,7 +43,7 @@ def rel_pos_attention_triton(
     _check("rel_pos_attention", qkv_BN3HD)
     mask_WNN = None if mask_WNN is None else mask_WNN.to(qkv_BN3HD.dtype)
     out_BNHD, _ = torch.ops.fused_beit.attention_fwd(
-        [qkv_BN3HD], bias_HNN, mask_WNN, accumulate_into, scale, deterministic
+        [qkv_BN3HD], bias_HNN, rounded_bias_HNN, mask_WNN, accumulate_into, scale, deterministic
     )
     return out_BNHD.flatten(2)
 
@@ -51,6 +53,7 @@ def attention_triton(
     k_BHND: Tensor,
     v_BHND: Tensor,
     bias_HNN: Tensor | None,
+    rounded_bias_HNN: Tensor | None,
     mask_WNN: Tensor | None,
     accumulate_into: Tensor | None,
     scale: float,
@@ -62,7 +65,7 @@ def attention_triton(
     _check("attention", q_BHND, k_BHND, v_BHND)
     mask_WNN = None if mask_WNN is None else mask_WNN.to(dtype)
     out_BNHD, _ = torch.ops.fused_beit.attention_fwd(
-        [q_BHND, k_BHND, v_BHND], bias_HNN, mask_WNN, accumulate_into, scale, deterministic
+        [q_BHND, k_BHND, v_BHND], bias_HNN, rounded_bias_HNN, mask_WNN, accumulate_into, scale, deterministic
     )
     return out_BNHD.transpose(1, 2)
 
@@ -107,6 +110,7 @@ def lse_dtype(dtype: torch.dtype) -> torch.dtype:
 def _empty_outputs(
     qkv: list[Tensor],
     bias: Tensor | None,
+    rounded_bias: Tensor | None,
     mask: Tensor | None,
     accumulate_into: Tensor | None,
     scale: float,
@@ -120,6 +124,7 @@ def _empty_outputs(
 def _forward(
     qkv: list[Tensor],
     bias: Tensor | None,
+    rounded_bias: Tensor | None,
     mask: Tensor | None,
     accumulate_into: Tensor | None,
     scale: float,
@@ -127,9 +132,10 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     from .launch import attention_fwd
 
-    out_BNHD, lse = _empty_outputs(qkv, bias, mask, accumulate_into, scale, deterministic)
+    out_BNHD, lse = _empty_outputs(qkv, bias, rounded_bias, mask, accumulate_into, scale, deterministic)
     if out_BNHD.numel():
-        attention_fwd(*_split(qkv), bias, mask, scale, out_BNHD.transpose(1, 2), lse)
+        used = bias if rounded_bias is None else rounded_bias
+        attention_fwd(*_split(qkv), used, mask, scale, out_BNHD.transpose(1, 2), lse)
     return out_BNHD, lse
 
 
@@ -167,13 +173,13 @@ def _backward(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, bias, mask, accumulate_into, ctx.scale, ctx.deterministic = inputs
-    ctx.save_for_backward(bias, mask, accumulate_into, *output, *qkv)
+    qkv, bias, rounded_bias, mask, accumulate_into, ctx.scale, ctx.deterministic = inputs
+    ctx.save_for_backward(bias, rounded_bias, mask, accumulate_into, *output, *qkv)
     ctx.mark_non_differentiable(output[1])
 
 
 def _grads(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    bias, mask, accumulate_into, out, lse, *qkv = ctx.saved_tensors
+    bias, rounded_bias, mask, accumulate_into, out, lse, *qkv = ctx.saved_tensors
     wants, want_bias, *_ = ctx.needs_input_grad
     check_determinism("attention", ctx.deterministic)
     grad_qkv: list[Tensor] = []
@@ -188,7 +194,7 @@ def _grads(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Any, ..
         torch.ops.fused_beit.attention_bwd(
             grad_out,
             qkv,
-            bias,
+            bias if rounded_bias is None else rounded_bias,
             mask,
             out,
             lse,
@@ -199,7 +205,8 @@ def _grads(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Any, ..
             ctx.deterministic,
         )
     wanted = [grad_qkv[i] if want else None for i, want in enumerate(wants)]
-    return wanted, own_grad_bias, None, None, None, None
+    *wanted, own_grad_bias = differentiable_once("attention", [*wanted, own_grad_bias], grad_out, bias, *qkv)
+    return wanted, own_grad_bias, None, None, None, None, None
 
 
 if not hasattr(torch.ops.fused_beit, "attention_fwd"):  # once only, as in impl.py
