@@ -20,7 +20,7 @@ from fused_beit.kernels import attention_plan, rel_pos_attention, relative_posit
 from fused_beit.kernels._triton.target import arch_of
 from fused_beit.kernels.rel_pos_attention.plan import Plan, Tile, pinned
 
-from .attention import BACKWARD, BOTH, FORWARD, Inputs, heads_apart
+from .attention import BACKWARD, BOTH, FORWARD, Inputs, heads_apart, leaf
 from .rounds import AbsentError, Outputs
 from .timers import Run, Staged
 
@@ -140,6 +140,7 @@ def ours(
     change: Callable[[Plan], Plan] | None = None,
     workspace: int | None = None,
     accumulate: bool = False,
+    shared: bool = False,
     deterministic: bool = True,
 ) -> Work:
     """The Triton kernels, as they are or by another plan, or with a workspace of so many bytes."""
@@ -148,7 +149,11 @@ def ours(
     options: dict[str, Any] = {"deterministic": deterministic}
     if accumulate:
         options["accumulate_into"] = torch.zeros(inputs.bias.shape, dtype=torch.float32, device=inputs.device)
-    work = packed("triton", inputs, **options)
+    bias = None
+    if shared:
+        options["rounded_bias"] = inputs.bias.detach()
+        bias = leaf(inputs.bias.float())
+    work = packed("triton", inputs, bias=bias, **options)
     default = default_plan(inputs)
     plan = default if change is None else change(default)
     if change is not None and plan == default:
@@ -214,6 +219,7 @@ CANDIDATES = {
 PROVIDERS = {
     "triton": Provider(OURS, "the default: gradient of the bias in a fixed order", ours),
     "triton-any-order": Provider(OURS, "deterministic=False", partial(ours, deterministic=False)),
+    "triton-shared": Provider(OURS, "an fp32 bias, rounded before: as layers share it", partial(ours, shared=True)),
     "triton-accumulate": Provider(OURS, "accumulate_into", partial(ours, accumulate=True)),
     **CANDIDATES,
     "sdpa": Provider(PEER, "torch's, on qkv, rows of the bias aligned", partial(packed, "sdpa")),

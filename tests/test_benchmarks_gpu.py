@@ -58,7 +58,7 @@ def rehearse(run, tmp_path):
 
 def test_a_rehearsal_survives_what_is_planted_and_times_the_rest(run, rehearse):
     planted = ["planted-wrong", "planted-out-of-memory", "planted-crash"]
-    providers = "triton,triton-accumulate,triton-two-kernels,sdpa,sdpa-apart,flash-no-bias,xformers"
+    providers = "triton,triton-shared,triton-accumulate,triton-two-kernels,sdpa,flash-no-bias,xformers"
     shown, document, path = rehearse("--cases", "base", "--providers", providers, "--plant", ",".join(planted))
     assert shown.returncode == 1, shown.stderr
     assert document["finished"]
@@ -71,7 +71,7 @@ def test_a_rehearsal_survives_what_is_planted_and_times_the_rest(run, rehearse):
         assert "signal 9" in crashed["failed"]
         assert "not installed" in rows[direction, "xformers"]["absent"]
         assert not any("median" in row for row in (wrong, no_memory, crashed))
-        for name in ("triton", "triton-accumulate", "triton-two-kernels", "sdpa", "sdpa-apart", "flash-no-bias"):
+        for name in ("triton", "triton-shared", "triton-accumulate", "triton-two-kernels", "sdpa", "flash-no-bias"):
             assert rows[direction, name]["median"] > 0, f"{name}, {direction}"
     assert "tma family" in rows["forward", "triton"]["plan"]
     assert [failure.split(":")[0] for failure in document["failed"]] == ["base, planted-wrong", "base, planted-crash"]
