@@ -222,6 +222,16 @@ def test_a_revived_code_wins_its_cell_and_leaves_its_parents_mean(one_dead_code)
     assert at_mean[parent] - at_mean[5] == pytest.approx(1.0, rel=1e-3)
 
 
+def test_a_code_revived_hard_by_its_parents_mean_wins_no_cells_far_away(one_dead_code):
+    model, optimizer, counts, hidden, ids, error = one_dead_code
+    theirs = ids == ids[7]
+    others = theirs & (torch.arange(len(ids)) != 7)
+    hidden[7] = hidden[others].mean(0) + 1e-3  # so is the cell next to the mean of all its parent's cells
+    scores = revive_it(model, optimizer, counts, hidden, ids, error)
+    assert scores[7, 5] > scores[7, ids[7]]
+    assert not (scores.argmax(1) == 5)[~theirs].any()
+
+
 def test_a_revived_code_starts_with_its_parents_decoding(one_dead_code):
     model, _, _, _, ids, _ = one_dead_code
     revive_it(*one_dead_code)

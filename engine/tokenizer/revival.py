@@ -5,6 +5,9 @@ part of a living one: a cell of a picture is drawn in proportion to its reconstr
 the dead code's parent, and the dead code starts as the parent's copy, pushed towards that cell. So codes go where
 pictures are rebuilt badly, never to a flat background, which would split one thing into many names.
 
+The push is no stronger than the spread of the parent's cells asks for. A cell hard by their mean would otherwise make
+a slope so steep that the new code wins cells far away, and the reconstruction is lost for tens of steps.
+
 Shapes: R cells of a batch, V codes, D channels before the encoder's last layer.
 """
 
@@ -18,7 +21,8 @@ from .dvae import DiscreteVAE
 DEAD_SHARE = 0.01
 """A code is dead that was used less than this share of an even use."""
 MARGIN = 1.0
-"""Logits by which a revived code beats its parent at its cell, and its parent beats it at the parent's mean."""
+"""Logits by which a revived code beats its parent at its cell, and its parent beats it at the parent's mean; less where
+the cell is nearer to that mean than the parent's cells are on average."""
 
 
 @torch.no_grad()
@@ -50,7 +54,10 @@ def revive(
     uses_VR = F.one_hot(ids_R, model.vocab_size).to(hidden_RD.dtype).T
     mean_VD = uses_VR @ hidden_RD / uses_VR.sum(1, keepdim=True).clamp(min=1)
     away_VD = hidden_RD[cell_V] - mean_VD[parent_V]
-    push_VD = 2 * MARGIN * away_VD / away_VD.square().sum(1, keepdim=True).clamp(min=1e-6)
+    distance_R = (hidden_RD - mean_VD[ids_R]).square().sum(1)
+    spread_V = (uses_VR @ distance_R) / uses_VR.sum(1).clamp(min=1)
+    reach_V = torch.maximum(away_VD.square().sum(1), spread_V[parent_V]).clamp(min=1e-6)
+    push_VD = 2 * MARGIN * away_VD / reach_V[:, None]
     middle_VD = (hidden_RD[cell_V] + mean_VD[parent_V]) / 2
 
     last, first = model.encoder.output, model.decoder.input
