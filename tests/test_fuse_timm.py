@@ -18,7 +18,7 @@ pytestmark = pytest.mark.peers
 
 # Names as people have them, made small: two layers (Swin: each stage, and a shifted one), few heads, few patches.
 SMALL_VIT = {"img_size": 48, "depth": 2, "embed_dim": 32, "num_heads": 2}
-SMALL_SWIN = {"img_size": 56, "window_size": 7, "depths": (2, 1, 1, 1), "embed_dim": 16, "num_heads": (2, 2, 2, 2)}
+SMALL_SWIN = {"img_size": 64, "window_size": 7, "depths": (2, 1, 1, 1), "embed_dim": 16, "num_heads": (2, 2, 2, 2)}
 SMALL = {
     "beit_base_patch16_224": SMALL_VIT,
     "beitv2_base_patch16_224": SMALL_VIT,
