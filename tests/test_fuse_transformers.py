@@ -220,6 +220,9 @@ def test_a_head_size_that_the_kernels_do_not_take_is_named():
     with pytest.raises(ValueError, match="multiple of 8 channels, at most 128, and they have 4"):
         fuse(model, impl="triton")
     assert type(model.layers[0].relative_position_bias).__name__ == "BeitRelativePositionBias"
+    fuse(model, impl="sdpa")
+    with pytest.raises(ValueError, match="they have 4; it stays as it was fused before, with impl='sdpa'"):
+        fuse(model, impl="triton")
 
 
 def test_a_subclass_is_left_alone_and_reported():
