@@ -19,7 +19,7 @@ HAS_GPU := $(shell (nvidia-smi -L 2>/dev/null || ls /dev/nvidia0 2>/dev/null) | 
 CONSTRAINT := $(if $(HAS_GPU),,--constraint constraints-cpu.txt)
 INSTALL_INPUTS := setup.py pyproject.toml constraints-cpu.txt
 
-.PHONY: help .venv .venv-peers pretrain test test-all test-gpu lint kernel-report bench-smoke bench bench-gpu peers clean
+.PHONY: help .venv .venv-peers pretrain test test-all test-gpu test-peers lint kernel-report bench-smoke bench bench-gpu peers clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | column -t -s '|'
@@ -44,6 +44,9 @@ test-all: .venv/installed  ## all tests; those for a GPU are skipped where there
 
 test-gpu: .venv/installed  ## the tests that need a GPU
 	$(BIN)/pytest -m gpu $(ARGS)
+
+test-peers: .venv-peers/installed  ## fuse(model) on the models of timm and transformers
+	.venv-peers/bin/pytest tests/test_fuse_timm.py tests/test_fuse_transformers.py $(ARGS)
 
 lint: .venv/installed  ## ruff and mypy
 	$(BIN)/ruff check .

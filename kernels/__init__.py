@@ -1,5 +1,6 @@
 """The operators of BEiT, for use in any model. Needs torch alone to import."""
 
+from .adapters import FuseReport, fuse, unfuse
 from .impl import Impl, ImplUnavailable, Resolved, operators, resolve
 from .masked_tokens import embed_tokens, gather_masked
 from .nearest_code import NearestCode, nearest_code
@@ -19,6 +20,7 @@ from .residual_norm import residual_add, residual_norm
 from .token_loss import TokenLoss, token_loss
 
 __all__ = [
+    "FuseReport",
     "Impl",
     "ImplUnavailable",
     "NearestCode",
@@ -31,6 +33,7 @@ __all__ = [
     "attention_plan",
     "embed_tokens",
     "expand_table",
+    "fuse",
     "gather_masked",
     "interpolate_table",
     "nearest_code",
@@ -42,4 +45,5 @@ __all__ = [
     "resolve",
     "scatter_table",
     "token_loss",
+    "unfuse",
 ]
