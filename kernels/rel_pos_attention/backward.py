@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from .._triton.tiles import add_tile, load_tile, padded, store_tile
-from .scores import exp_difference, load_keys, tile_scores
+from .scores import load_keys, load_lse, probabilities, tile_scores
 
 NONE = tl.constexpr(0)
 STORE = tl.constexpr(1)
@@ -46,7 +46,7 @@ def attention_bwd_q_kernel(
     grad_out,
     grad_q,
     mask_ptr,  # [W, 1, N, N]
-    lse_ptr,  # [B, H, N], contiguous, like delta; fp32, but float64 for fp32 inputs
+    lse_ptr,  # [B, H, N], contiguous, like delta; [B, H, N, 2] where EXACT
     delta_ptr,
     q_strides,
     k_strides,
@@ -67,6 +67,7 @@ def attention_bwd_q_kernel(
     TAIL_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    EXACT: tl.constexpr,
     WANT_QKV: tl.constexpr,
     TMA: tl.constexpr,
     ACC: tl.constexpr,
@@ -89,20 +90,20 @@ def attention_bwd_q_kernel(
     tl.store(delta_ptr + rows, delta, mask=offs_m < N)
     if WANT_QKV:
         q_tile = load_tile(q, q_strides, b, h, start_m, 0, N, D, BLOCK_M, BLOCK_D, TMA)
-        lse = tl.load(lse_ptr + rows, mask=offs_m < N, other=float("inf"))
+        shift, factor = load_lse(lse_ptr, rows, offs_m < N, EXACT)
         acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
         for start_n in tl.range(0, MAIN_N, BLOCK_N):
             k_tile, v_tile, scores = load_keys(
                 q_tile, k, k_strides, v, v_strides, bias, bias_strides, mask_ptr, mask_strides, scale, b, h, w, start_m,
                 start_n, N, D, BLOCK_D, BLOCK_M, BLOCK_N, HAS_BIAS, HAS_MASK, False, TMA, ACC, PRECISION,
             )  # fmt: skip
-            acc = _add_grad_q(acc, scores, k_tile, v_tile, grad_tile, lse, delta, HAS_MASK, ACC, PRECISION)
+            acc = _add_grad_q(acc, scores, k_tile, v_tile, grad_tile, shift, factor, delta, EXACT, ACC, PRECISION)
         if TAIL_N:
             k_tile, v_tile, scores = load_keys(
                 q_tile, k_tail, k_strides, v_tail, v_strides, bias_tail, bias_strides, mask_ptr, mask_strides, scale, b,
                 h, w, start_m, MAIN_N, N, D, BLOCK_D, BLOCK_M, TAIL_N, HAS_BIAS, HAS_MASK, True, TMA, ACC, PRECISION,
             )  # fmt: skip
-            acc = _add_grad_q(acc, scores, k_tile, v_tile, grad_tile, lse, delta, HAS_MASK, ACC, PRECISION)
+            acc = _add_grad_q(acc, scores, k_tile, v_tile, grad_tile, shift, factor, delta, EXACT, ACC, PRECISION)
         store_tile(grad_q, grad_q_strides, b, h, start_m, 0, acc * scale, N, D, BLOCK_M, BLOCK_D, TMA)
 
 
@@ -113,13 +114,14 @@ def _add_grad_q(
     k_tile,
     v_tile,
     grad_tile,
-    lse,
+    shift,
+    factor,
     delta,
-    HAS_MASK: tl.constexpr,
+    EXACT: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    weights = exp_difference(scores, lse[:, None], k_tile.dtype, HAS_MASK)
+    weights = probabilities(scores, shift[:, None], factor[:, None], EXACT)
     grad_weights = tl.dot(grad_tile, tl.trans(v_tile), input_precision=PRECISION, out_dtype=ACC)
     grad_scores = (weights * (grad_weights - delta[:, None])).to(k_tile.dtype)
     return tl.dot(grad_scores, k_tile, acc, input_precision=PRECISION, out_dtype=ACC)
@@ -140,7 +142,7 @@ def attention_bwd_kv_kernel(
     grad_scores,  # [C, H, N, N], keys as rows; C: pictures of this launch for STORE, 1 for ADD (a pointer) and REDUCE
     grad_scores_tail,
     mask_ptr,  # [W, 1, N, N]
-    lse_ptr,  # [B, H, N], contiguous, like delta; fp32, but float64 for fp32 inputs
+    lse_ptr,  # [B, H, N], contiguous, like delta; [B, H, N, 2] where EXACT
     delta_ptr,
     q_strides,
     k_strides,
@@ -163,6 +165,7 @@ def attention_bwd_kv_kernel(
     TAIL_M: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    EXACT: tl.constexpr,
     WANT_QKV: tl.constexpr,
     BIAS_GRAD: tl.constexpr,
     TMA: tl.constexpr,
@@ -187,14 +190,14 @@ def attention_bwd_kv_kernel(
             acc_k, acc_v, k_tile, v_tile, q, q_strides, grad_out, grad_out_strides, bias, bias_strides, grad_scores,
             grad_scores_strides, mask_ptr, mask_strides, lse_ptr, delta_ptr, scale, slot, b, h, w, num_heads,
             start_m, start_n,
-            N, D, BLOCK_D, BLOCK_M, BLOCK_N, True, HAS_BIAS, HAS_MASK, WANT_QKV, BIAS_GRAD, TMA, ACC, PRECISION,
+            N, D, BLOCK_D, BLOCK_M, BLOCK_N, True, HAS_BIAS, HAS_MASK, EXACT, WANT_QKV, BIAS_GRAD, TMA, ACC, PRECISION,
         )  # fmt: skip
     if TAIL_M:
         _, acc_k, acc_v = _take_queries(
             acc_k, acc_v, k_tile, v_tile, q_tail, q_strides, grad_out_tail, grad_out_strides, bias_tail, bias_strides,
             grad_scores_tail, grad_scores_strides, mask_ptr, mask_strides, lse_ptr, delta_ptr, scale, slot, b, h, w,
             num_heads, MAIN_M, start_n,
-            N, D, BLOCK_D, TAIL_M, BLOCK_N, False, HAS_BIAS, HAS_MASK, WANT_QKV, BIAS_GRAD, TMA, ACC, PRECISION,
+            N, D, BLOCK_D, TAIL_M, BLOCK_N, False, HAS_BIAS, HAS_MASK, EXACT, WANT_QKV, BIAS_GRAD, TMA, ACC, PRECISION,
         )  # fmt: skip
     if WANT_QKV:
         store_tile(grad_k, grad_k_strides, b, h, start_n, 0, acc_k * scale, N, D, BLOCK_N, BLOCK_D, TMA)
@@ -235,6 +238,7 @@ def _take_queries(
     INSIDE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    EXACT: tl.constexpr,
     WANT_QKV: tl.constexpr,
     BIAS_GRAD: tl.constexpr,
     TMA: tl.constexpr,
@@ -253,10 +257,9 @@ def _take_queries(
     )  # fmt: skip
     offs_m = start_m + tl.arange(0, ROWS)
     rows = tl.cast(b * num_heads + h, tl.int64) * N + offs_m
-    # Past the last query lse is +inf, so that probabilities there are 0.
-    lse = tl.load(lse_ptr + rows, mask=offs_m < N, other=float("inf"))
+    shift, factor = load_lse(lse_ptr, rows, offs_m < N, EXACT)
     delta = tl.load(delta_ptr + rows, mask=offs_m < N, other=0.0)
-    weights = exp_difference(scores, lse[None, :], v_tile.dtype, HAS_MASK)
+    weights = probabilities(scores, shift[None, :], factor[None, :], EXACT)
     if WANT_QKV:
         acc_v = tl.dot(weights.to(grad_tile.dtype), grad_tile, acc_v, input_precision=PRECISION, out_dtype=ACC)
     grad_weights = tl.dot(v_tile, tl.trans(grad_tile), input_precision=PRECISION, out_dtype=ACC)
@@ -301,7 +304,7 @@ def attention_bwd_fused_kernel(
     grad_scores,  # [C, H, N, N], keys as rows; C: pictures of this launch for STORE, 1 for ADD (a pointer) and REDUCE
     grad_scores_tail,
     mask_ptr,  # [W, 1, N, N]
-    lse_ptr,  # [B, H, N], contiguous, like delta; fp32, but float64 for fp32 inputs
+    lse_ptr,  # [B, H, N], contiguous, like delta; [B, H, N, 2] where EXACT
     delta_ptr,
     q_strides,
     k_strides,
@@ -326,6 +329,7 @@ def attention_bwd_fused_kernel(
     TAIL_M: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    EXACT: tl.constexpr,
     BIAS_GRAD: tl.constexpr,
     TMA: tl.constexpr,
     ACC: tl.constexpr,
@@ -367,7 +371,7 @@ def attention_bwd_fused_kernel(
                 acc_k, acc_v, k_tile, v_tile, q, q_strides, grad_out, grad_out_strides, bias, bias_strides, grad_scores,
                 grad_scores_strides, mask_ptr, mask_strides, lse_ptr, delta_ptr, scale, slot, b, h, w, num_heads,
                 i * BLOCK_M, start_n,
-                N, D, BLOCK_D, BLOCK_M, BLOCK_N, True, HAS_BIAS, HAS_MASK, True, BIAS_GRAD, TMA, ACC, PRECISION,
+                N, D, BLOCK_D, BLOCK_M, BLOCK_N, True, HAS_BIAS, HAS_MASK, EXACT, True, BIAS_GRAD, TMA, ACC, PRECISION,
             )  # fmt: skip
             more = _add_grad_q_transposed(acc_q[i], tile, k_tile, ACC, PRECISION)
             acc_q = acc_q[:i] + (more,) + acc_q[i + 1 :]  # noqa: RUF005  (Triton unpacks nothing)
@@ -376,7 +380,7 @@ def attention_bwd_fused_kernel(
                 acc_k, acc_v, k_tile, v_tile, q_tail, q_strides, grad_out_tail, grad_out_strides, bias_tail,
                 bias_strides, grad_scores_tail, grad_scores_strides, mask_ptr, mask_strides, lse_ptr, delta_ptr, scale,
                 slot, b, h, w, num_heads, MAIN_M, start_n,
-                N, D, BLOCK_D, TAIL_M, BLOCK_N, False, HAS_BIAS, HAS_MASK, True, BIAS_GRAD, TMA, ACC, PRECISION,
+                N, D, BLOCK_D, TAIL_M, BLOCK_N, False, HAS_BIAS, HAS_MASK, EXACT, True, BIAS_GRAD, TMA, ACC, PRECISION,
             )  # fmt: skip
             acc_q_tail = _add_grad_q_transposed(acc_q_tail, tile, k_tile, ACC, PRECISION)
         store_tile(grad_k, grad_k_strides, b, h, start_n, 0, acc_k * scale, N, D, BLOCK_N, BLOCK_D, TMA)

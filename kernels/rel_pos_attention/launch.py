@@ -22,7 +22,7 @@ from .backward import (
     bias_grad_sum_kernel,
 )
 from .forward import attention_fwd_kernel
-from .plan import Tile, attention_plan, padded_head_dim, tail
+from .plan import Tile, attention_plan, keeps_exact_lse, padded_head_dim, tail
 
 NONE, STORE, ADD, REDUCE = (mode.value for mode in (backward.NONE, backward.STORE, backward.ADD, backward.REDUCE))
 """BIAS_GRAD of the backward kernels."""
@@ -63,6 +63,7 @@ class _Call:
         self.bias = None if bias is None else align_rows(bias, q.dtype)[None]
         self.mask = None if mask is None else align_rows(mask, q.dtype).expand(-1, self.num_tokens, -1)[:, None]
         self.acc = tl.float64 if q.dtype is torch.float64 else tl.float32
+        self.exact = keeps_exact_lse(q.dtype, masked=mask is not None)
         # fp32 is exact unless torch was told that its products need not be; half precision is not asked.
         exact = q.dtype is not torch.float32 or not torch.backends.cuda.matmul.allow_tf32
         self.precision = "ieee" if exact else "tf32"
@@ -95,6 +96,7 @@ class _Call:
             "BLOCK_N": tile.block_n,
             "HAS_BIAS": self.bias is not None,
             "HAS_MASK": self.mask is not None,
+            "EXACT": self.exact,
             "TMA": self.plan.tma,
             "ACC": self.acc,
             "PRECISION": self.precision,
@@ -137,7 +139,7 @@ class _Call:
 def attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, out: Tensor, lse: Tensor
 ) -> None:
-    """Fill `out` and `lse` [B, H, N], which is contiguous, in `lse_dtype(q.dtype)`."""
+    """Fill `out` and `lse`, which is contiguous, as `triton_ops` allocates it."""
     call = _Call(q, k, v, bias, mask, scale, out)
     tile = call.plan.forward
     with call.launches_here():
@@ -168,7 +170,7 @@ def attention_bwd(
     """
     call = _Call(q, k, v, bias, mask, scale, out, grad_out, *(grad_qkv or ()))
     grad_q, grad_k, grad_v = grad_qkv or (None, None, None)
-    delta = lse.new_empty(lse.shape, dtype=accumulate_dtype(q.dtype))
+    delta = lse.new_empty(q.shape[:3])
     fused = call.plan.backward_fused if grad_qkv else None
     tile = fused or call.plan.backward_kv
     tail_m = tail(call.num_tokens, tile.block_m)

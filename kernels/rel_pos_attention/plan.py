@@ -132,6 +132,11 @@ def pinned(plan: Plan) -> Iterator[None]:
         attention_plan.cache_clear()
 
 
+def keeps_exact_lse(dtype: torch.dtype, *, masked: bool) -> bool:
+    """Whether the forward keeps the maximum and the sum of a row for the backward, and not their lse (scores.py)."""
+    return masked or dtype.itemsize > 2
+
+
 def padded_head_dim(head_dim: int) -> int:
     """Columns of a tile that holds a head: the next power of two, 16 at least, as a product demands."""
     return max(16, 1 << (head_dim - 1).bit_length())

@@ -95,18 +95,48 @@ def load_keys(
 
 
 @triton.jit
-def exp_difference(x, shift, DTYPE: tl.constexpr, HAS_MASK: tl.constexpr):
-    """exp(x - shift), to the precision that the dtype of q, k and v deserves. `shift` is one number a row or column."""
-    if DTYPE.primitive_bitwidth == 16 and not HAS_MASK:
-        # One multiply-add before exp2: wrong by some 1e-6, which half precision does not see. Not with a mask: its far
-        # numbers, as torch.finfo(dtype).min, would leave what the rounding of the second product lacks, or infinity.
-        power = x * LOG2E - shift * LOG2E
-    elif shift.dtype == x.dtype:
-        power = (x - shift) * LOG2E
-    else:
-        # An lse in float64, in two parts: in fp32 its own rounding would be the largest error of all.
-        high = shift.to(x.dtype)
-        infinite = high == float("inf")
-        low = (tl.where(infinite, 0.0, shift) - tl.where(infinite, 0.0, high).to(shift.dtype)).to(x.dtype)
-        power = ((x - high) - low) * LOG2E
+def exp_difference(x, shift, EXACT: tl.constexpr):
+    """exp(x - shift). `shift` is one number a row or column.
+
+    Unless EXACT it is one multiply-add before exp2: wrong by some 1e-6, which half precision does not see. Not with a
+    mask: its far numbers, as torch.finfo(dtype).min, would leave what the rounding of the second product lacks, or
+    infinity.
+    """
+    power = (x - shift) * LOG2E if EXACT else x * LOG2E - shift * LOG2E
     return tl.math.exp2(power)
+
+
+@triton.jit
+def store_lse(lse_ptr, rows, row_max, row_sum, inside, EXACT: tl.constexpr):
+    """Keep what a backward rebuilds probabilities from: lse = row_max + log(row_sum), or both if EXACT.
+
+    Beside a mask's far numbers lse would lose the logarithm, and in fp32 its rounding would be the largest error.
+    Where there is no key the maximum is kept as +inf, so that probabilities are 0.
+    """
+    no_key = row_sum == 0
+    row_sum = tl.where(no_key, 1.0, row_sum)
+    if EXACT:
+        tl.store(lse_ptr + 2 * rows, tl.where(no_key, float("inf"), row_max), mask=inside)
+        tl.store(lse_ptr + 2 * rows + 1, row_sum, mask=inside)
+    else:
+        lse = tl.where(no_key, float("inf"), row_max + tl.math.log2(row_sum) * LN2)
+        tl.store(lse_ptr + rows, lse, mask=inside)
+
+
+@triton.jit
+def load_lse(lse_ptr, rows, inside, EXACT: tl.constexpr):
+    """What `store_lse` kept, as a shift and a factor of `probabilities`: 0 where not inside."""
+    if EXACT:
+        shift = tl.load(lse_ptr + 2 * rows, mask=inside, other=float("inf"))
+        factor = 1.0 / tl.load(lse_ptr + 2 * rows + 1, mask=inside, other=1.0)
+    else:
+        shift = tl.load(lse_ptr + rows, mask=inside, other=float("inf"))
+        factor = shift  # is not used
+    return shift, factor
+
+
+@triton.jit
+def probabilities(scores, shift, factor, EXACT: tl.constexpr):
+    """softmax(scores), rebuilt by what `load_lse` gave, each with an axis of size 1."""
+    weights = exp_difference(scores, shift, EXACT)
+    return weights * factor if EXACT else weights

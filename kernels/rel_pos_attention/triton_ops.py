@@ -13,8 +13,9 @@ from .._triton.descriptors import tma_can_read
 from .._triton.target import why_unavailable
 from ..differentiation import differentiable_once
 from ..impl import ImplUnavailable
-from ..precision import compute_dtype
+from ..precision import accumulate_dtype, compute_dtype
 from ..validation import check_determinism
+from .plan import keeps_exact_lse
 
 HEAD_DIM_STEP = 8
 LARGEST_HEAD_DIM = 128
@@ -102,11 +103,6 @@ def _empty_like_heads(q_BHND: Tensor) -> Tensor:
     return q_BHND.new_empty(batch, num_tokens, num_heads, head_dim).transpose(1, 2)
 
 
-def lse_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for fp32 inputs: the rounding of lse would be the largest error of their gradients."""
-    return torch.float32 if dtype.itemsize == 2 else torch.float64
-
-
 def _empty_outputs(
     qkv: list[Tensor],
     bias: Tensor | None,
@@ -116,9 +112,11 @@ def _empty_outputs(
     scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    """out [B, N, H, D] and lse [B, H, N]."""
+    """out [B, N, H, D] and lse [B, H, N], or maximum and sum of each row's exponentials, [B, H, N, 2]."""
     q = _split(qkv)[0]
-    return _empty_like_heads(q).transpose(1, 2), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
+    parts = (2,) if keeps_exact_lse(q.dtype, masked=mask is not None) else ()
+    lse = q.new_empty((*q.shape[:3], *parts), dtype=accumulate_dtype(q.dtype))
+    return _empty_like_heads(q).transpose(1, 2), lse
 
 
 def _forward(
@@ -174,12 +172,14 @@ def _backward(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     qkv, bias, rounded_bias, mask, accumulate_into, ctx.scale, ctx.deterministic = inputs
-    ctx.save_for_backward(bias, rounded_bias, mask, accumulate_into, *output, *qkv)
+    ctx.save_for_backward(bias, rounded_bias, mask, *output, *qkv)
+    ctx.accumulate_into = accumulate_into  # which its owner may change before the backward
     ctx.mark_non_differentiable(output[1])
 
 
 def _grads(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    bias, rounded_bias, mask, accumulate_into, out, lse, *qkv = ctx.saved_tensors
+    bias, rounded_bias, mask, out, lse, *qkv = ctx.saved_tensors
+    accumulate_into = ctx.accumulate_into
     wants, want_bias, *_ = ctx.needs_input_grad
     check_determinism("attention", ctx.deterministic)
     grad_qkv: list[Tensor] = []
