@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fused_beit.kernels import attention_plan, rel_pos_attention, relative_position_index, resolve
+from fused_beit.kernels import SharedBias, attention_plan, rel_pos_attention, relative_position_index, resolve
 from fused_beit.kernels._triton.target import arch_of
 from fused_beit.kernels.rel_pos_attention.plan import Plan, Tile, pinned
 
@@ -86,13 +86,22 @@ class Provider(NamedTuple):
     with_bias: bool = True
 
 
-def packed(impl: str, inputs: Inputs, *, bias: Tensor | None = None, compiled: bool = False, **options: Any) -> Work:
+def packed(
+    impl: str,
+    inputs: Inputs,
+    *,
+    bias: Tensor | None = None,
+    rounded_bias: Tensor | None = None,
+    compiled: bool = False,
+    **options: Any,
+) -> Work:
     """`rel_pos_attention` by one of its implementations, on qkv as the linear gives it."""
     resolve("rel_pos_attention", impl, inputs.device)
     bias = inputs.bias if bias is None else bias
 
     def attend(qkv: Tensor, bias: Tensor) -> Tensor:
-        return rel_pos_attention(qkv, bias, impl=impl, **options)
+        shared = bias if rounded_bias is None else SharedBias(bias, rounded_bias)
+        return rel_pos_attention(qkv, shared, impl=impl, **options)
 
     if compiled:
         if inputs.device.type == "cpu":
@@ -149,11 +158,9 @@ def ours(
     options: dict[str, Any] = {"deterministic": deterministic}
     if accumulate:
         options["accumulate_into"] = torch.zeros(inputs.bias.shape, dtype=torch.float32, device=inputs.device)
-    bias = None
     if shared:
-        options["rounded_bias"] = inputs.bias.detach()
-        bias = leaf(inputs.bias.float())
-    work = packed("triton", inputs, bias=bias, **options)
+        options |= {"bias": leaf(inputs.bias.float()), "rounded_bias": inputs.bias.detach()}
+    work = packed("triton", inputs, **options)
     default = default_plan(inputs)
     plan = default if change is None else change(default)
     if change is not None and plan == default:

@@ -1,10 +1,11 @@
-"""What an operator whose gradient is a kernel says to whoever wants the gradient of that gradient."""
+"""What an operator whose gradient is a kernel says to whoever wants another derivative of it."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -34,3 +35,10 @@ def differentiable_once(operator: str, grads: Sequence[Tensor | None], *sources:
     if not torch.is_grad_enabled():
         return list(grads)
     return [None if grad is None else _NoSecondDerivative.apply(operator, grad, *sources) for grad in grads]
+
+
+def refuse_tangents(operator: str, *inputs: Tensor | None) -> None:
+    """Raise RuntimeError where an input carries a tangent of forward-mode differentiation, which would be lost."""
+    for tensor in inputs:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(f"{operator}: impl='triton' has no forward-mode derivative; use impl='reference'")

@@ -44,7 +44,7 @@ class Operator:
     implementations: functions of the schema's arguments in order, less `impl`; they raise ImplUnavailable themselves
                      where they cannot run
     auto:            device type ("cpu", "cuda") -> what `auto` becomes there; the reference everywhere else
-    requirements:    functions of a device type: why an implementation cannot run on such devices here, or None
+    requirements:    functions of a device: why an implementation cannot run there, or None
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Operator:
         schema: str,
         implementations: Mapping[Impl, Callable[..., Any]],
         auto: Mapping[str, Resolved] | None = None,
-        requirements: Mapping[Impl, Callable[[str], str | None]] | None = None,
+        requirements: Mapping[Impl, Callable[[torch.device], str | None]] | None = None,
     ) -> None:
         name = schema.partition("(")[0]
         self.name = name
@@ -111,10 +111,10 @@ def resolve(operator: str, request: str | Impl, device: torch.device | str | Non
     if operator not in _OPERATORS:
         raise ValueError(f"unknown operator {operator!r}; expected one of {', '.join(operators())}")
     found = _OPERATORS[operator]
-    device_type = None if device is None else torch.device(device).type
-    resolved = found.resolve(request, device_type)
+    device = None if device is None else torch.device(device)
+    resolved = found.resolve(request, None if device is None else device.type)
     requirement = found.requirements.get(resolved.impl)
-    why = None if requirement is None or device_type is None else requirement(device_type)
+    why = None if requirement is None or device is None else requirement(device)
     if why is not None:
         raise ImplUnavailable(refusal(operator, resolved.impl, why))
     return resolved

@@ -1,6 +1,7 @@
 """Whole small runs in one process: resume, output folder, held-out figures, bad gradients, golden losses."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -54,6 +55,11 @@ def test_a_resumed_run_equals_the_one_that_never_stopped(run, stage, precision, 
     halves = run("halves", resume="auto", **how)
     assert losses(halves) == losses(whole)
     assert same_weights(halves, whole)
+
+
+def test_a_run_leaves_no_data_worker_behind(run):
+    run("workers", data__workers=2)
+    assert multiprocessing.active_children() == []
 
 
 def test_workers_and_accumulation_change_only_the_speed(run):

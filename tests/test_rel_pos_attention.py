@@ -108,7 +108,7 @@ def test_the_bias_is_not_changed(impl):
 def test_passes_opcheck(impl, with_bias):
     inputs = rel_pos_attention_inputs(2, 5, 2, 4, bias=with_bias)
     inputs["qkv"].requires_grad_()
-    arguments = (inputs["qkv"], inputs["bias"], None, None, 0.5, True, impl)
+    arguments = (inputs["qkv"], inputs["bias"], None, None, None, 0.5, True, impl)
     torch.library.opcheck(torch.ops.fused_beit.rel_pos_attention.default, arguments)
 
 

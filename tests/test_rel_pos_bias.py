@@ -318,5 +318,5 @@ def test_compiles_without_a_graph_break():
 
 @pytest.mark.parametrize(("window", "num_heads"), [((0, 2), 1), ((2,), 1), ((2, 2), 0)])
 def test_an_impossible_window_is_refused(window, num_heads):
-    with pytest.raises(ValueError, match="all at least 1, but got"):
+    with pytest.raises(ValueError, match="whole numbers of at least 1, but got"):
         RelativePositionBias(window, num_heads)

@@ -6,11 +6,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from triton_families import NEEDS_INTERPRETER, exact_products  # noqa: F401
 
-from fused_beit.kernels import RelativePositionBias, attention, rel_pos_attention
+from fused_beit.kernels import RelativePositionBias, SharedBias, attention, rel_pos_attention
 from fused_beit.kernels.testing import rel_pos_attention_inputs
 
 TRITON = pytest.param("triton", marks=NEEDS_INTERPRETER)
 IMPLS = ["reference", "sdpa", TRITON]
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 WINDOW, NUM_TOKENS, NUM_HEADS, HEAD_DIM = (2, 3), 7, 2, 8
 
 
@@ -25,15 +26,14 @@ def qkv_of(dtype=torch.float32, seed=0):
     return rel_pos_attention_inputs(2, NUM_TOKENS, NUM_HEADS, HEAD_DIM, dtype=dtype, seed=seed)["qkv"]
 
 
-def layer(qkv, bias, rounded=None, impl="reference"):
+def layer(qkv, bias, impl="reference"):
     """[B,N,3,H,D] -> the same, by way of attention."""
-    out = rel_pos_attention(qkv, bias, rounded_bias=rounded, impl=impl)
-    return qkv * out.unflatten(2, (1, NUM_HEADS, HEAD_DIM))
+    return qkv * rel_pos_attention(qkv, bias, impl=impl).unflatten(2, (1, NUM_HEADS, HEAD_DIM))
 
 
-def three_layers(qkv, bias, rounded=None, impl="reference", run=layer):
+def three_layers(qkv, bias, impl="reference", run=layer):
     for _ in range(3):
-        qkv = run(qkv, bias, rounded, impl)
+        qkv = run(qkv, bias, impl)
     return qkv.sum()
 
 
@@ -67,26 +67,32 @@ def test_both_have_the_values_of_the_forward_and_rows_that_need_no_copy(module):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_products_use_the_rounded_bias_and_give_the_bits_of_one_rounded_by_each_layer(module, impl):
+def test_it_gives_the_bits_of_a_bias_that_each_layer_rounds(module, impl):
     bias, rounded = module.shared(torch.float16)
     qkv = qkv_of(torch.float16)
-    assert torch.equal(layer(qkv, bias, rounded, impl), layer(qkv, bias, None, impl))
-    assert torch.equal(layer(qkv, bias, 2 * rounded, impl), layer(qkv, 2 * bias, None, impl))
+    assert torch.equal(layer(qkv, SharedBias(bias, rounded), impl), layer(qkv, bias, impl))
+
+
+@NEEDS_INTERPRETER
+def test_the_kernels_read_the_rounded_bias(module):
+    bias, rounded = module.shared(torch.float16)
+    qkv = qkv_of(torch.float16)
+    assert torch.equal(layer(qkv, SharedBias(bias, 2 * rounded), "triton"), layer(qkv, 2 * bias, "triton"))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_the_gradient_of_the_table_is_that_of_a_plain_bias(module, impl):
     module.double()
     qkv = qkv_of(torch.float64)
-    plain = gradient_of(module, three_layers(qkv, module(), None, impl))
-    shared = gradient_of(module, three_layers(qkv, *module.shared(), impl))
+    plain = gradient_of(module, three_layers(qkv, module(), impl))
+    shared = gradient_of(module, three_layers(qkv, module.shared(), impl))
     torch.testing.assert_close(shared, plain, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_the_gradients_of_half_precision_layers_are_summed_in_fp32(module, impl):
-    bias, rounded = module.shared(torch.float16)
-    losses = [layer(qkv_of(torch.float16, seed), bias, rounded, impl).float().sum() for seed in range(3)]
+    shared = module.shared(torch.float16)
+    bias, losses = shared.bias, [layer(qkv_of(torch.float16, seed), shared, impl).float().sum() for seed in range(3)]
     each = [torch.autograd.grad(loss, bias, retain_graph=True)[0] for loss in losses]
     (together,) = torch.autograd.grad(sum(losses), bias)
     assert together.dtype == torch.float32
@@ -97,63 +103,77 @@ def test_the_gradients_of_half_precision_layers_are_summed_in_fp32(module, impl)
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_separate_query_key_and_value_take_it_too(module, impl):
-    bias, rounded = module.shared(torch.float16)
+    shared = module.shared(torch.float16)
     qkv = qkv_of(torch.float16).requires_grad_()
-    packed = rel_pos_attention(qkv, bias, rounded_bias=rounded, impl=impl)
-    apart = attention(*qkv.permute(2, 0, 3, 1, 4), bias, rounded_bias=rounded, impl=impl).transpose(1, 2).flatten(2)
+    packed = rel_pos_attention(qkv, shared, impl=impl)
+    apart = attention(*qkv.permute(2, 0, 3, 1, 4), shared, impl=impl).transpose(1, 2).flatten(2)
     assert torch.equal(apart, packed)
-    found, expected = (torch.autograd.grad(out.sum(), bias, retain_graph=True)[0] for out in (apart, packed))
+    found, expected = (torch.autograd.grad(out.sum(), shared.bias, retain_graph=True)[0] for out in (apart, packed))
     assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_layers_under_activation_checkpointing_reach_the_table(module, impl):
+@DTYPES
+def test_layers_under_activation_checkpointing_reach_the_table(module, impl, dtype):
     def checkpointed(*arguments):
         return checkpoint(layer, *arguments, use_reentrant=False)
 
-    expected = gradient_of(module, three_layers(qkv_of(), *module.shared(), impl))
-    found = gradient_of(module, three_layers(qkv_of(), *module.shared(), impl, run=checkpointed))
+    expected = gradient_of(module, three_layers(qkv_of(dtype), module.shared(dtype), impl))
+    found = gradient_of(module, three_layers(qkv_of(dtype), module.shared(dtype), impl, run=checkpointed))
     assert torch.equal(found, expected)
 
 
 # torch's own, as it traces a function of a tensor that is no leaf
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("impl", IMPLS)
-def test_layers_compiled_one_by_one_reach_the_table(module, impl):
+@DTYPES
+def test_layers_compiled_one_by_one_reach_the_table(module, impl, dtype):
     torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    expected = gradient_of(module, three_layers(qkv_of(), *module.shared(), impl))
-    found = gradient_of(module, three_layers(qkv_of(), *module.shared(), impl, run=compiled))
+    expected = gradient_of(module, three_layers(qkv_of(dtype), module.shared(dtype), impl))
+    found = gradient_of(module, three_layers(qkv_of(dtype), module.shared(dtype), impl, run=compiled))
     torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_sharing_and_its_layers_compile_in_one_graph(module, impl):
-    expected = gradient_of(module, three_layers(qkv_of(), *module.shared(), impl))
+@DTYPES
+def test_sharing_and_its_layers_compile_in_one_graph(module, impl, dtype):
+    expected = gradient_of(module, three_layers(qkv_of(dtype), module.shared(dtype), impl))
     torch.compiler.reset()
-    compiled = torch.compile(lambda qkv: three_layers(qkv, *module.shared(), impl), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(gradient_of(module, compiled(qkv_of())), expected)
+    compiled = torch.compile(
+        lambda qkv: three_layers(qkv, module.shared(dtype), impl), fullgraph=True, backend="aot_eager"
+    )
+    torch.testing.assert_close(gradient_of(module, compiled(qkv_of(dtype))), expected)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_another_gradient_over_the_same_graph_first_adds_nothing(module, impl):
-    qkv = qkv_of().requires_grad_()
-    loss = three_layers(qkv, *module.shared(), impl)
+@DTYPES
+def test_another_gradient_over_the_same_graph_first_adds_nothing(module, impl, dtype):
+    qkv = qkv_of(dtype).requires_grad_()
+    loss = three_layers(qkv, module.shared(dtype), impl)
     torch.autograd.grad(loss, qkv, retain_graph=True)
-    expected = gradient_of(module, three_layers(qkv_of(), *module.shared(), impl))
+    expected = gradient_of(module, three_layers(qkv_of(dtype), module.shared(dtype), impl))
     assert torch.equal(gradient_of(module, loss), expected)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_a_second_backward_over_one_graph_gives_the_same_gradient(module, impl):
-    loss = three_layers(qkv_of(), *module.shared(), impl)
+@DTYPES
+def test_a_second_backward_over_one_graph_gives_the_same_gradient(module, impl, dtype):
+    loss = three_layers(qkv_of(dtype), module.shared(dtype), impl)
     first = gradient_of(module, loss, retain_graph=True)
     assert torch.equal(gradient_of(module, loss), first)
 
 
+def test_torch_func_sees_through_the_reference(module, impl="reference"):
+    shared, qkv = module.shared(torch.float16), qkv_of(torch.float16)
+    leaf = qkv.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(layer(leaf, shared, impl).sum(), leaf)
+    assert torch.equal(torch.func.grad(lambda qkv: layer(qkv, shared, impl).sum())(qkv), expected)
+
+
 def test_two_forwards_then_two_backwards_do_not_mix(module):
-    expected = [gradient_of(module, three_layers(qkv_of(seed=seed), *module.shared())) for seed in (0, 1)]
-    losses = [three_layers(qkv_of(seed=seed), *module.shared()) for seed in (0, 1)]
+    expected = [gradient_of(module, three_layers(qkv_of(seed=seed), module.shared())) for seed in (0, 1)]
+    losses = [three_layers(qkv_of(seed=seed), module.shared()) for seed in (0, 1)]
     assert torch.equal(gradient_of(module, losses[1]), expected[1])
     assert torch.equal(gradient_of(module, losses[0]), expected[0])
 
@@ -168,7 +188,7 @@ def test_without_gradients_the_bias_is_shared_all_the_same(module):
 def test_a_frozen_table_costs_no_gradient(module):
     module.requires_grad_(False)
     qkv = qkv_of().requires_grad_()
-    three_layers(qkv, *module.shared()).backward()
+    three_layers(qkv, module.shared()).backward()
     assert module.relative_position_bias_table.grad is None
 
 
@@ -182,8 +202,8 @@ class Sharing(nn.Module):
         self.shared = shared
 
     def forward(self, qkv):
-        bias = self.rel_pos_bias.shared() if self.shared else (self.rel_pos_bias(), None)
-        loss = (1 + three_layers(self.linear(qkv), *bias)).square()
+        bias = self.rel_pos_bias.shared() if self.shared else self.rel_pos_bias()
+        loss = (1 + three_layers(self.linear(qkv), bias)).square()
         return loss, loss.detach()
 
 

@@ -371,11 +371,25 @@ def test_the_plan_names_family_and_tiles():
     assert f"of k and v {apart.backward_kv.block_m}x{apart.backward_kv.block_n} by" in str(apart)
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_120", "gfx942", "interpreter", "something"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_120", "gfx942", "interpreter"])
 def test_architectures_whose_products_take_registers_have_the_pointer_family(arch):
     plan = attention_plan(arch, 197, 64, torch.bfloat16)
     assert (plan.tma, plan.backward_fused) == (False, None)
     assert str(plan).startswith(f"{arch}, pointer family: ")
+
+
+@pytest.mark.parametrize("arch", ["sm_75", "h100", "90"])
+def test_an_architecture_that_no_kernel_is_made_for_is_refused(arch):
+    with pytest.raises(
+        ValueError, match=f"arch must be sm_80 or later, as sm_90, or AMD's, as gfx942, but is '{arch}'"
+    ):
+        attention_plan(arch, 197, 64, torch.bfloat16)
+
+
+@pytest.mark.parametrize("head_dim", [12, 200])
+def test_heads_that_no_kernel_is_made_for_are_refused(head_dim):
+    with pytest.raises(ValueError, match=f"head_dim must be a multiple of 8, at most 128, but is {head_dim}"):
+        attention_plan("sm_90", 197, head_dim, torch.bfloat16)
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100", "sm_103"])

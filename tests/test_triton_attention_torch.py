@@ -119,6 +119,13 @@ def test_a_gradient_of_a_gradient_is_refused(of):
         penalty.backward()
 
 
+@pytest.mark.parametrize("of", ["qkv", "bias"])
+def test_a_forward_mode_derivative_is_refused(of):
+    inputs = rel_pos_attention_inputs(1, 5, 1, 8)
+    with pytest.raises(RuntimeError, match="no forward-mode derivative; use impl='reference'"):
+        torch.func.jvp(lambda tensor: ours(**inputs | {of: tensor}), (inputs[of],), (torch.ones_like(inputs[of]),))
+
+
 @pytest.mark.parametrize("order", ["transposed", "expanded"])
 def test_a_gradient_of_the_output_may_have_any_strides(order):
     q, k, v = rel_pos_attention_inputs(2, 21, 2, 16, dtype=torch.float64)["qkv"].permute(2, 0, 3, 1, 4)

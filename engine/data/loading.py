@@ -5,6 +5,7 @@ take equal slices of those, and passes of accumulation equal slices of a rank's.
 number alone, so a run is entered at any step at once.
 """
 
+import contextlib
 import math
 from collections.abc import Generator, Iterator
 from typing import NamedTuple
@@ -300,11 +301,12 @@ def check_readable(source: Source) -> None:
     )
 
 
-def _checked(batches: Iterator[Batch | str]) -> Generator[Batch]:
-    for batch in batches:
-        if isinstance(batch, str):
-            raise UserError(batch)
-        yield batch
+def _checked(batches: Generator[Batch | str]) -> Generator[Batch]:
+    with contextlib.closing(batches):
+        for batch in batches:
+            if isinstance(batch, str):
+                raise UserError(batch)
+            yield batch
 
 
 def _channels_first(views_HWC: list[NDArray[np.uint8]]) -> Tensor:

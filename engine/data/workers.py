@@ -49,8 +49,11 @@ def iterate(items: Dataset[T], count: int, workers: int, timeout: float) -> Gene
         worker_init_fn=_settle_worker,
     )
     iterator = iter(loader)
-    for _ in range(count):
-        yield _next(iterator, timeout)
+    try:
+        for _ in range(count):
+            yield _next(iterator, timeout)
+    finally:
+        del iterator  # ends the workers
 
 
 def _next(iterator: Iterator[T], timeout: float) -> T:

@@ -104,12 +104,11 @@ class Attention(nn.Module):
 
     def forward(self, h_BND: Tensor, shared: SharedBias | None) -> Tensor:
         """[B, N, D], bias [H, N, N] or None -> [B, N, D]."""
-        if self.rel_pos_bias is not None:
+        if self.rel_pos_bias is not None:  # as if it were shared, for the gradient of the table is then summed in fp32
             shared = self.rel_pos_bias.shared(compute_dtype(h_BND))
-        bias_HNN, rounded_HNN = shared or (None, None)
         qkv = self.qkv(h_BND, torch.cat([self.q_bias, self.k_bias, self.v_bias]))
         qkv_BN3HK = qkv.unflatten(-1, (3, self.num_heads, -1))
-        return self.proj(rel_pos_attention(qkv_BN3HK, bias_HNN, rounded_bias=rounded_HNN, impl=self.impl))
+        return self.proj(rel_pos_attention(qkv_BN3HK, shared, impl=self.impl))
 
 
 class Mlp(nn.Module):

@@ -6,6 +6,7 @@ The same seed gives the same weights, bit for bit, on the same machine with the 
 Shapes: B pictures, T side of the token view, G tokens a side, V codes, D channels before the last layer.
 """
 
+import contextlib
 import itertools
 import math
 import time
@@ -134,11 +135,12 @@ def token_views(source: Source, settings: Settings) -> Iterator[Tensor]:
     )
     bad_pictures = BadPictureLog(data.max_bad_share)
     kept = []
-    for batch in loader:
-        bad_pictures.add(batch)
-        if num_batches < tokenizer.train_steps:
-            kept.append(batch.token_view)
-        yield batch.token_view
+    with contextlib.closing(loader):
+        for batch in loader:
+            bad_pictures.add(batch)
+            if num_batches < tokenizer.train_steps:
+                kept.append(batch.token_view)
+            yield batch.token_view
     yield from itertools.islice(itertools.cycle(kept), tokenizer.train_steps - num_batches)
 
 

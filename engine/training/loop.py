@@ -151,10 +151,10 @@ class Loop:
         return figures["stop"] > 0
 
     def close(self) -> None:
-        self.batches.close()
         self.progress.close()
         if self.log is not None:
             self.log.close()
+        self.batches.close()
 
     def report_evaluation(self, done: int, evaluation: Evaluation) -> None:
         """Say and keep held-out figures."""

@@ -26,26 +26,22 @@ def interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
 
-def why_unavailable(device_type: str, dtype: torch.dtype | None = None) -> str | None:
-    """Why no Triton kernel can run on tensors of this device type and dtype; None when one can."""
+def why_unavailable(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+    """Why no Triton kernel can run on tensors of this device and dtype; None when one can."""
     if not installed():
         return "triton is not installed"
     if interpreted():
         if dtype is torch.bfloat16:
             return "Triton's interpreter computes bfloat16 wrongly; use float32 or float16 there"
         return None
-    if device_type != "cuda":
-        return f"Triton needs a GPU, but the tensors are on {device_type}; TRITON_INTERPRET=1 runs it slowly anywhere"
-    if (arch := _arch_if_any()) is not None and _is_too_old(arch):
+    if device.type != "cuda":
+        return f"Triton needs a GPU, but the tensors are on {device.type}; TRITON_INTERPRET=1 runs it slowly anywhere"
+    # Without a GPU the tensors only have a shape.
+    if torch.cuda.is_available() and _is_too_old(arch := arch_of(device)):
         return f"the kernels are made for GPUs from sm_80 on, and this one is {arch}"
     if dtype is torch.float64:
         return "the kernels are made for float32, float16 and bfloat16; float64 is for Triton's interpreter"
     return None
-
-
-def _arch_if_any() -> str | None:
-    """Architecture of the current GPU; None where there is none, as for tensors that only have a shape."""
-    return _arch_of_gpu(torch.cuda.current_device()) if torch.cuda.is_available() else None
 
 
 def _is_too_old(arch: str) -> bool:

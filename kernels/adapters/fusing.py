@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from ..impl import AUTO, Impl, Resolved, resolve
-from ..rel_pos_attention.triton_ops import HEAD_DIM_STEP, LARGEST_HEAD_DIM
+from ..rel_pos_attention.plan import HEAD_DIM_STEP, LARGEST_HEAD_DIM
 from .fused import Fused, Fusion, fused_class, qualified_name, table_impl, why_other_forward
 from .timm import TIMM
 from .transformers import TRANSFORMERS

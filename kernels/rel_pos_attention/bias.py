@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from .._triton.descriptors import align_rows, padded_length
 from .._triton.target import why_unavailable
+from ..differentiation import refuse_tangents
 from ..impl import AUTO, Impl, ImplUnavailable, Operator, refusal
 from ..precision import accumulate_dtype
 from ..validation import check_float, check_shape
@@ -100,10 +101,10 @@ def _scatter_reference(grad_HNN: Tensor, window: Sequence[int], cls_token: bool,
 
 
 def _refuse_where_unavailable(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    device_type = tensor.device.type
-    why = why_unavailable(device_type, tensor.dtype) or why_unavailable(device_type, dtype)
+    why = why_unavailable(tensor.device, tensor.dtype) or why_unavailable(tensor.device, dtype)
     if why is not None:
         raise ImplUnavailable(refusal(name, Impl.TRITON, why))
+    refuse_tangents(name, tensor)
 
 
 def _expand_triton(table_RH: Tensor, window: Sequence[int], cls_token: bool, dtype: torch.dtype) -> Tensor:
@@ -235,10 +236,10 @@ def scatter_table(
 
 
 class SharedBias(NamedTuple):
-    """A dense bias for all layers, expanded and rounded once.
+    """A dense bias for all layers, expanded and rounded once: given whole to `rel_pos_attention` or `attention`.
 
     bias:    [H, N, N]  fp32 or float64: what gets the gradients, which autograd sums over the layers in this dtype
-    rounded: [H, N, N]  the same in the dtype of the products, for `rounded_bias`; None where that is the bias's own
+    rounded: [H, N, N]  the same in the dtype of the products, as the kernels read it; None where that is the bias's own
     """
 
     bias: Tensor
@@ -260,12 +261,14 @@ class RelativePositionBias(nn.Module):
         self, window: tuple[int, int], num_heads: int, cls_token: bool = True, *, impl: str | Impl = AUTO
     ) -> None:
         super().__init__()
-        if len(window) != 2 or min(window) < 1 or num_heads < 1:
+        sides = [*window, num_heads] if isinstance(window, Sequence) else []
+        if len(sides) != 3 or not all(isinstance(side, int) and side >= 1 for side in sides):
             raise ValueError(
-                f"RelativePositionBias: expected a window of two sides and num_heads, all at least 1, but got "
-                f"window={window}, num_heads={num_heads}"
+                f"RelativePositionBias: expected a window of two sides and num_heads, whole numbers of at least 1, but "
+                f"got window={window}, num_heads={num_heads}"
             )
-        self.window = (int(window[0]), int(window[1]))
+        EXPAND.resolve(impl, None)  # an unknown name is refused here, not in the first forward
+        self.window = (window[0], window[1])
         self.num_heads = num_heads
         self.cls_token = cls_token
         self.impl = impl
@@ -279,10 +282,13 @@ class RelativePositionBias(nn.Module):
     def shared(self, dtype: torch.dtype | None = None) -> SharedBias:
         """The dense bias for layers whose products are in `dtype`, the table's when None; one for every forward.
 
-        It is expanded and rounded once. Each layer's gradient is that of the fp32 bias, so that the sum over the layers
-        is made in fp32 and reduced to the table once.
+        Under autocast that is its dtype, torch.get_autocast_dtype(device_type). The table is expanded and rounded once.
+        Each layer's gradient is that of the fp32 bias, so that the sum over the layers is made in fp32 and reduced to
+        the table once.
         """
         dtype = self.relative_position_bias_table.dtype if dtype is None else dtype
+        if not dtype.is_floating_point:
+            raise TypeError(f"RelativePositionBias: dtype must be a floating-point one, but is {dtype}")
         wide = accumulate_dtype(torch.promote_types(self.relative_position_bias_table.dtype, dtype))
         bias = self(wide)
         return SharedBias(bias, None if dtype == wide else align_rows(bias.detach(), dtype))

@@ -10,10 +10,10 @@ from torch import Tensor
 from ..impl import Impl, ImplUnavailable, refusal
 
 
-def why_no_flex(device_type: str) -> str | None:
-    """Why FlexAttention cannot be used for tensors on such devices here; None where it can."""
-    if device_type not in ("cuda", "cpu"):
-        return f"FlexAttention has no kernel for {device_type}"
+def why_no_flex(device: torch.device) -> str | None:
+    """Why FlexAttention cannot be used for tensors on this device; None where it can."""
+    if device.type not in ("cuda", "cpu"):
+        return f"FlexAttention has no kernel for {device.type}"
     return None
 
 

@@ -10,6 +10,7 @@ from .._triton.target import why_unavailable
 from ..impl import AUTO, Impl, Operator, Resolved
 from ..precision import accumulate_dtype, compute_dtype
 from ..validation import check_determinism, check_float, check_same_device, check_shape
+from .bias import SharedBias
 from .flex import attention_flex, why_no_flex
 from .reference import attention_reference
 from .sdpa import attention_sdpa
@@ -19,26 +20,25 @@ from .xformers import attention_xformers, why_no_xformers
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float, bool], Tensor]
 
 
-class _BiasUsed(torch.autograd.Function):
-    """The bias, as rounded before where it was. Its gradient goes to the bias, or is added to a tensor instead."""
+class _GradientInto(torch.autograd.Function):
+    """The bias, unchanged. Its gradient is added to a tensor, and autograd gets none."""
 
     @staticmethod
-    def forward(ctx: Any, bias: Tensor, rounded_bias: Tensor | None, accumulate_into: Tensor | None) -> Tensor:
-        ctx.dtype = bias.dtype
+    def forward(ctx: Any, bias: Tensor, accumulate_into: Tensor) -> Tensor:
         ctx.accumulate_into = accumulate_into
-        used = bias if rounded_bias is None else rounded_bias
-        return used.view_as(used)
+        return bias.view_as(bias)
 
     @staticmethod
-    def backward(ctx: Any, grad_bias: Tensor) -> tuple[Tensor | None, None, None]:
-        if ctx.accumulate_into is None:
-            return grad_bias.to(ctx.dtype), None, None
-        ctx.accumulate_into.add_(grad_bias)
-        return None, None, None
+    def backward(ctx: Any, grad_bias: Tensor) -> tuple[None, None]:
+        ctx.accumulate_into.add_(grad_bias.detach())
+        return None, None
 
 
 def _separate(attend: Attend) -> Callable[..., Tensor]:
-    """`attend`, in the dtype that autocast asks for, with its bias gradient where the arguments say."""
+    """`attend`, in the dtype that autocast asks for, with its bias gradient where `accumulate_into` says.
+
+    It rounds the bias itself: plain autograd is worth more than the pass that a bias rounded before would save.
+    """
 
     def run(
         q: Tensor,
@@ -54,8 +54,8 @@ def _separate(attend: Attend) -> Callable[..., Tensor]:
         dtype = compute_dtype(q)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         mask = None if mask is None else mask.to(dtype)
-        if bias is not None and not (rounded_bias is None and accumulate_into is None):
-            bias = _BiasUsed.apply(bias, rounded_bias, accumulate_into)
+        if bias is not None and accumulate_into is not None:
+            bias = _GradientInto.apply(bias, accumulate_into)
         with torch.autocast(q.device.type, enabled=False):
             return attend(q, k, v, bias, mask, scale, deterministic)
 
@@ -108,33 +108,32 @@ SEPARATE = Operator(
 
 def rel_pos_attention(
     qkv: Tensor,
-    bias: Tensor | None,
+    bias: Tensor | SharedBias | None,
     *,
     mask: Tensor | None = None,
     scale: float | None = None,
     deterministic: bool = True,
-    rounded_bias: Tensor | None = None,
     accumulate_into: Tensor | None = None,
     impl: str | Impl = AUTO,
 ) -> Tensor:
     """Multi-head attention with an additive bias on the scores: softmax(scale * q k^T + bias + mask) v.
 
     qkv:   [B, N, 3, H, D]  floating point; query, key and value of every token, as the qkv linear makes them
-    bias:  [H, N, N]        floating point, any dtype, finite; added to the scores of every picture (rows: queries)
+    bias:  [H, N, N]        floating point, any dtype, finite in that of qkv; added to the scores of every picture
+                            (rows: queries). What hides keys belongs into mask. Or what RelativePositionBias.shared
+                            gives, for a bias that many layers share.
     mask:  [N, N], [W, N, N] or [W, 1, N]  added besides, or bool with True for keys that count; picture b uses
                             mask[b % W], so W is 1, the windows of a picture (Swin), or B. It gets no gradient. A query
                             whose keys are all masked gives zeros.
     scale: factor on q k^T, 1/sqrt(D) when None. It applies neither to the bias nor to the mask.
     deterministic: sum the gradient of the bias over the pictures in a fixed order, so that it is the same bits in every
                    run; False lets an implementation be faster
-    rounded_bias:    [H, N, N] the bias in the dtype of the products, where many layers share it and it was rounded for
-                     all of them at once, as RelativePositionBias.shared does. Its values are used; the gradient is the
-                     bias's, in the bias's dtype.
     accumulate_into: [H, N, N] fp32 (float64 for float64), contiguous: the backward adds the gradient of the bias to it,
                      and autograd gets none
     ->     [B, N, H*D]      in the dtype of qkv; under autocast in autocast's dtype
 
-    Half-precision inputs: the bias is used in the dtype of qkv, the softmax sums in fp32. There is no dropout.
+    Half-precision inputs: the bias is used in the dtype of qkv, the softmax sums in fp32. There is no dropout. Triton
+    takes heads of a multiple of 8 channels, at most 128.
     Raises ValueError or TypeError for wrong shapes, devices or dtypes, ImplUnavailable for an `impl` that is not there
     or cannot run here, RuntimeError for deterministic=False under torch.use_deterministic_algorithms.
     Source: BEiT (arXiv:2106.08254) section 2.2 with the relative position bias of Swin (arXiv:2103.14030) equation 4.
@@ -143,6 +142,7 @@ def rel_pos_attention(
     check_shape(name, "qkv", qkv, "B", "N", 3, "H", "D")
     check_float(name, qkv=qkv)
     batch, num_tokens, _, num_heads, head_dim = qkv.shape
+    bias, rounded_bias = bias if isinstance(bias, SharedBias) else (bias, None)
     mask = _checked(
         name, "qkv", qkv, batch, num_heads, num_tokens, bias, rounded_bias, mask, accumulate_into, deterministic
     )
@@ -157,12 +157,11 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    bias: Tensor | None = None,
+    bias: Tensor | SharedBias | None = None,
     *,
     mask: Tensor | None = None,
     scale: float | None = None,
     deterministic: bool = True,
-    rounded_bias: Tensor | None = None,
     accumulate_into: Tensor | None = None,
     impl: str | Impl = AUTO,
 ) -> Tensor:
@@ -183,6 +182,7 @@ def attention(
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"{name}: q, k and v must have one dtype, but have {q.dtype}, {k.dtype} and {v.dtype}")
     batch, num_heads, num_tokens, head_dim = q.shape
+    bias, rounded_bias = bias if isinstance(bias, SharedBias) else (bias, None)
     mask = _checked(
         name, "q", q, batch, num_heads, num_tokens, bias, rounded_bias, mask, accumulate_into, deterministic
     )
@@ -207,20 +207,22 @@ def _checked(
     deterministic: bool,
 ) -> Tensor | None:
     """Check what both operators take besides q, k, v. -> the mask as numbers to add, [W, 1 or N, N]."""
+    if not (bias is None or isinstance(bias, Tensor)):
+        raise TypeError(
+            f"{name}: bias must be a tensor [H, N, N], what RelativePositionBias.shared gives, or None, but is a "
+            f"{type(bias).__name__}; a RelativePositionBias is called first, `position_bias()`"
+        )
     check_float(name, bias=bias)
-    others = {"bias": bias, "rounded_bias": rounded_bias, "mask": mask, "accumulate_into": accumulate_into}
+    others = {"bias": bias, "rounded bias": rounded_bias, "mask": mask, "accumulate_into": accumulate_into}
     check_same_device(name, first_name, first, **others)
     if bias is not None:
         check_shape(name, "bias", bias, num_heads, num_tokens, num_tokens)
-    if rounded_bias is not None:
-        check_shape(name, "rounded_bias", rounded_bias, num_heads, num_tokens, num_tokens)
+    if rounded_bias is not None and rounded_bias.dtype != compute_dtype(first):
         wanted = compute_dtype(first)
-        if bias is None or rounded_bias.dtype != wanted or rounded_bias.requires_grad:
-            raise ValueError(
-                f"{name}: rounded_bias must be {wanted}, the dtype of the products, without a gradient of its own, and "
-                f"come with a bias, but it is {rounded_bias.dtype} with requires_grad={rounded_bias.requires_grad}, "
-                f"and bias is {'None' if bias is None else 'given'}"
-            )
+        raise TypeError(
+            f"{name}: the shared bias was rounded to {rounded_bias.dtype}, but the products are in {wanted}; give "
+            f"RelativePositionBias.shared({wanted})"
+        )
     if accumulate_into is not None:
         check_shape(name, "accumulate_into", accumulate_into, num_heads, num_tokens, num_tokens)
         wanted = accumulate_dtype(first.dtype)
@@ -231,20 +233,27 @@ def _checked(
                 f"bias, but it is {accumulate_into.dtype} with strides {tuple(accumulate_into.stride())} and "
                 f"requires_grad={accumulate_into.requires_grad}, and bias is {'None' if bias is None else 'given'}"
             )
+        if torch.is_grad_enabled() and not bias.requires_grad:
+            raise ValueError(
+                f"{name}: accumulate_into is for the gradient of bias, which requires none; leave accumulate_into out, "
+                f"or give a bias that requires one"
+            )
     check_determinism(name, deterministic)
     if mask is None:
         return None
+    given = list(mask.shape)
     if mask.dim() == 2:
         mask = mask[None]
     fits = mask.dim() == 3 and mask.shape[1] in (1, num_tokens) and mask.shape[2] == num_tokens
     if not fits or not mask.shape[0] or batch % mask.shape[0]:
         raise ValueError(
             f"{name}: mask must have shape [{num_tokens}, {num_tokens}], [W, {num_tokens}, {num_tokens}] or "
-            f"[W, 1, {num_tokens}] with W a divisor of {batch}, but has {list(mask.shape)}"
+            f"[W, 1, {num_tokens}] with W a divisor of {batch}, but has {given}; a mask [B, N] of keys is mask[:, None]"
         )
     if mask.requires_grad:
         raise ValueError(f"{name}: mask gets no gradient, but requires one; what is learned belongs into bias")
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=first.dtype).masked_fill(~mask, float("-inf"))
-    check_float(name, mask=mask)
+    if not mask.is_floating_point():
+        raise TypeError(f"{name}: mask must be bool (True for keys that count) or floating point, but is {mask.dtype}")
     return mask

@@ -11,6 +11,7 @@ processor as the registers allow.
 
 import contextlib
 import functools
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -84,6 +85,10 @@ AMD_FP32: Tiles = {
 _pinned: Plan | None = None
 
 
+HEAD_DIM_STEP = 8
+LARGEST_HEAD_DIM = 128
+
+
 @functools.cache
 def attention_plan(
     arch: str, num_tokens: int, head_dim: int, dtype: torch.dtype, *, masked: bool = False, tma: bool = True
@@ -92,8 +97,17 @@ def attention_plan(
 
     arch: "sm_90", "sm_80", "gfx942", ...
     masked: whether there is a mask besides the bias; the fused backward has no registers left for one
-    tma:  False where descriptors cannot be made of the tensors, whose strides are not multiples of 16 bytes
+    tma: False where descriptors cannot be made of the tensors, whose strides are not multiples of 16 bytes
+
+    Raises ValueError for an architecture or heads that no kernel is made for.
     """
+    if not re.fullmatch(r"sm_\d+|gfx\w+|interpreter", arch) or (arch.startswith("sm_") and int(arch[3:]) < 80):
+        raise ValueError(f"attention_plan: arch must be sm_80 or later, as sm_90, or AMD's, as gfx942, but is {arch!r}")
+    if head_dim % HEAD_DIM_STEP or not HEAD_DIM_STEP <= head_dim <= LARGEST_HEAD_DIM:
+        raise ValueError(
+            f"attention_plan: head_dim must be a multiple of {HEAD_DIM_STEP}, at most {LARGEST_HEAD_DIM}, "
+            f"but is {head_dim}"
+        )
     if _pinned is not None:
         return _pinned
     half = dtype.itemsize == 2

@@ -1,7 +1,10 @@
 """Attention with a shared additive bias through torch's scaled_dot_product_attention."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .._triton.descriptors import padded_length
 
 
 def attention_sdpa(
@@ -22,12 +25,22 @@ def attention_sdpa(
     both, their sum is [B,H,N,N].
     """
     added = dense_bias(bias_HNN, mask_WNN, q_BHND)
+    if not q_BHND.numel():  # torch then leaves the bias out of the graph
+        return q_BHND + 0 * sum(tensor.sum() for tensor in (k_BHND, v_BHND, added) if tensor is not None)
     return F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, attn_mask=added, scale=scale)
+
+
+def rounded_in_aligned_rows(bias_HNN: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bias in `dtype`, in rows that torch's fused kernel on CUDA takes without a copy of its own."""
+    if bias_HNN.dtype == dtype:
+        return bias_HNN
+    num_tokens = bias_HNN.shape[-1]
+    return F.pad(bias_HNN.to(dtype), (0, padded_length(num_tokens) - num_tokens))[..., :num_tokens]
 
 
 def dense_bias(bias_HNN: Tensor | None, mask_WNN: Tensor | None, q_BHND: Tensor) -> Tensor | None:
     """Bias and mask in one tensor that broadcasts to [B, H, N, N], in the dtype of q; None where there is neither."""
-    bias_1HNN = None if bias_HNN is None else bias_HNN.to(q_BHND.dtype)[None]
+    bias_1HNN = None if bias_HNN is None else rounded_in_aligned_rows(bias_HNN, q_BHND.dtype)[None]
     if mask_WNN is None:
         return bias_1HNN
     batch, _, num_tokens, _ = q_BHND.shape

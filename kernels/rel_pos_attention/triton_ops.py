@@ -11,14 +11,11 @@ from torch import Tensor
 
 from .._triton.descriptors import tma_can_read
 from .._triton.target import why_unavailable
-from ..differentiation import differentiable_once
+from ..differentiation import differentiable_once, refuse_tangents
 from ..impl import ImplUnavailable
 from ..precision import accumulate_dtype, compute_dtype
 from ..validation import check_determinism
-from .plan import keeps_exact_lse
-
-HEAD_DIM_STEP = 8
-LARGEST_HEAD_DIM = 128
+from .plan import HEAD_DIM_STEP, LARGEST_HEAD_DIM, keeps_exact_lse
 
 FORWARD = (
     "(Tensor[] qkv, Tensor? bias, Tensor? rounded_bias, Tensor? mask, Tensor? accumulate_into, float scale, "
@@ -42,6 +39,7 @@ def rel_pos_attention_triton(
     """softmax(scale * q k^T + bias + mask) v, heads side by side: [B,N,3,H,D] -> [B,N,H*D]."""
     qkv_BN3HD = qkv_BN3HD.to(compute_dtype(qkv_BN3HD))
     _check("rel_pos_attention", qkv_BN3HD)
+    refuse_tangents("rel_pos_attention", qkv_BN3HD, bias_HNN)
     mask_WNN = None if mask_WNN is None else mask_WNN.to(qkv_BN3HD.dtype)
     out_BNHD, _ = torch.ops.fused_beit.attention_fwd(
         [qkv_BN3HD], bias_HNN, rounded_bias_HNN, mask_WNN, accumulate_into, scale, deterministic
@@ -64,6 +62,7 @@ def attention_triton(
     dtype = compute_dtype(q_BHND)
     q_BHND, k_BHND, v_BHND = q_BHND.to(dtype), k_BHND.to(dtype), v_BHND.to(dtype)
     _check("attention", q_BHND, k_BHND, v_BHND)
+    refuse_tangents("attention", q_BHND, k_BHND, v_BHND, bias_HNN)
     mask_WNN = None if mask_WNN is None else mask_WNN.to(dtype)
     out_BNHD, _ = torch.ops.fused_beit.attention_fwd(
         [q_BHND, k_BHND, v_BHND], bias_HNN, rounded_bias_HNN, mask_WNN, accumulate_into, scale, deterministic
@@ -72,14 +71,14 @@ def attention_triton(
 
 
 def _check(operator: str, *tensors: Tensor) -> None:
-    """Raise ImplUnavailable where no kernel can run on these tensors, ValueError where none is made for them."""
+    """Raise ImplUnavailable where no kernel can run on these tensors, ValueError for strides that none takes."""
     first = tensors[0]
-    why = why_unavailable(first.device.type, first.dtype)
+    why = why_unavailable(first.device, first.dtype)
     if why is not None:
         raise ImplUnavailable(f"{operator}: impl='triton' was asked for, but {why}")
     head_dim = first.shape[-1]
     if head_dim % HEAD_DIM_STEP or not HEAD_DIM_STEP <= head_dim <= LARGEST_HEAD_DIM:
-        raise ValueError(
+        raise ImplUnavailable(
             f"{operator}: impl='triton' takes heads of a multiple of {HEAD_DIM_STEP} channels, at most "
             f"{LARGEST_HEAD_DIM}, but they have {head_dim}; use impl='sdpa'"
         )

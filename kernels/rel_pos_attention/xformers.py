@@ -14,12 +14,12 @@ ALIGNMENT = 8
 """Elements: rows of the bias start at multiples of this, as its CUTLASS kernels demand."""
 
 
-def why_no_xformers(device_type: str) -> str | None:
-    """Why xformers cannot be used for tensors on such devices here; None where it can."""
+def why_no_xformers(device: torch.device) -> str | None:
+    """Why xformers cannot be used for tensors on this device; None where it can."""
     if importlib.util.find_spec("xformers") is None:
         return "xformers is not installed (pip install xformers)"
-    if device_type != "cuda":
-        return f"xformers has no operator for {device_type}"
+    if device.type != "cuda":
+        return f"xformers has no operator for {device.type}"
     return None
 
 
@@ -40,7 +40,7 @@ def attention_xformers(
     deterministic: bool,
 ) -> Tensor:
     """softmax(scale * q k^T + bias + mask) v; exact. Bias and mask are expanded to [B,H,N,N], as is their gradient."""
-    why = why_no_xformers(q_BHND.device.type)
+    why = why_no_xformers(q_BHND.device)
     if why is None and q_BHND.dtype == torch.float64:
         why = "xformers has no operator for torch.float64"
     if why is not None:
