@@ -115,8 +115,9 @@ def refuse_unknown(argv: Sequence[str]) -> None:
     for word in argv:
         name = word.partition("=")[0].removeprefix("--").replace("-", "_")
         if word.startswith("--") and name not in ("help", *names, *negated):
-            close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-            hint = f"did you mean --{close[0]}?" if close else "--help lists the options."
+            sections_left_out = [known for known in names if known.rpartition(".")[2] == name]
+            close = sections_left_out or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+            hint = f"did you mean --{' or --'.join(close)}?" if close else "--help lists the options."
             raise UserError(f"there is no option --{name}; {hint}")
 
 

@@ -228,6 +228,10 @@ class Settings(Section):
         return self.grid**2
 
 
+BEIT_MASK_SHARE = 75 / 196
+"""Of the patches of a picture (arXiv:2106.08254, section 2.3: about 40 %; 75 of 196 in the released recipe)."""
+
+
 def check(settings: Settings) -> None:
     """Raise `UserError` for values that are allowed one by one but not together, or for missing paths."""
     model, data, mask = settings.model, settings.data, settings.mask
@@ -243,10 +247,12 @@ def check(settings: Settings) -> None:
             f"model.width = {model.width} cannot be split into model.num_heads = {model.num_heads} equal heads; "
             f"choose a width that is a multiple of the heads."
         )
-    if mask.num_patches > settings.num_patches:
+    if mask.num_patches >= settings.num_patches:
+        excess = "all of" if mask.num_patches == settings.num_patches else "more than"
         raise UserError(
-            f"mask.num_patches = {mask.num_patches} is more than the {settings.num_patches} patches of a picture "
-            f"({settings.grid} x {settings.grid}); set it to {settings.num_patches} or less."
+            f"mask.num_patches = {mask.num_patches} is {excess} the {settings.num_patches} patches of a picture "
+            f"({settings.grid} x {settings.grid}), and the model would see none; set it to less, for BEiT's share to "
+            f"{max(1, round(BEIT_MASK_SHARE * settings.num_patches))}."
         )
     if mask.max_block is not None and mask.max_block < mask.min_block:
         raise UserError(

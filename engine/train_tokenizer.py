@@ -21,7 +21,8 @@ USED_OF_TRAINING = ("train.seed", "train.precision", "train.threads")
 
 def main(argv: Sequence[str]) -> None:
     refuse_useless_options(argv)
-    settings = parse(argv, description=__doc__ or "")
+    # Nothing is masked here: one patch fits pictures of any size.
+    settings = parse([*argv, "--mask.num_patches", "1"], description=__doc__ or "")
     folder = settings.output_dir
     if option(argv, "output_dir") is None:
         folder = Path(f"{settings.output_dir}_tokenizer")

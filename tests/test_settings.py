@@ -85,7 +85,15 @@ def test_every_setting_changes_either_the_result_or_the_speed():
         (["--data.path", "/no/such"], ["data.path", "/no/such", "not a folder"]),
         (["--tokenizer.path", "/no/such"], ["tokenizer.path", "/no/such"]),
         (["--data.image_size", "30"], ["data.image_size = 30", "model.patch_size = 4", "28 or 32"]),
-        (["--mask.num_patches", "65"], ["mask.num_patches = 65", "64 patches", "64 or less"]),
+        (
+            ["--mask.num_patches", "65"],
+            ["mask.num_patches = 65", "64 patches", "for BEiT's share to 24"],
+        ),
+        (
+            ["--mask.num_patches", "64"],
+            ["mask.num_patches = 64", "all of the 64 patches", "for BEiT's share to 24"],
+        ),
+        (["--lr", "1e-3"], ["there is no option --lr", "did you mean --tokenizer.lr or --optim.lr?"]),
         (["--mask.min_block", "9", "--mask.max_block", "8"], ["mask.max_block = 8", "mask.min_block = 9"]),
         (["--model.num_heads", "5"], ["model.width = 64", "model.num_heads = 5"]),
         (["--data.workers", "-1"], ["data.workers = -1", "greater than or equal to 0"]),

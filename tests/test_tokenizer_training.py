@@ -357,6 +357,11 @@ def test_the_script_leaves_a_tokenizer_its_metrics_and_a_sheet(script_main, tmp_
     assert f"--tokenizer.path {tmp_path / 'tokenizer.safetensors'}" in said
 
 
+def test_the_script_takes_pictures_with_fewer_patches_than_the_preset_masks(script_main, tmp_path):
+    script_main([*small_options(tmp_path), "--data.image_size", "16"])
+    assert load_tokenizer(tmp_path / "tokenizer.safetensors").vocab_size == 16
+
+
 def test_the_script_replaces_a_tokenizer_only_when_told_to(script_main, tmp_path):
     file = tmp_path / "tokenizer.safetensors"
     file.write_text("an earlier one")

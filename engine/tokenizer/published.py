@@ -114,7 +114,8 @@ def encoder_sizes(state: dict[str, Tensor], file: Path) -> dict[str, int]:
     if first is None or last is None or not blocks or first.ndim != 4 or last.ndim != 4:
         raise UserError(
             f"{file} is not DALL-E's encoder: names such as blocks.input.w and blocks.output.conv.w were expected"
-            f"{', and it begins with ' + min(state) if state else ''}; give that encoder's state dict."
+            f"{', and it begins with ' + min(state) if state else ''}; give that encoder's state dict, or "
+            f"the tokenizer.safetensors that train_tokenizer.py or a pre-training left."
         )
     if first.shape[1:] != (3, 7, 7):
         raise UserError(

@@ -12,7 +12,7 @@ import torch
 from fused_beit.kernels import ImplUnavailable, Resolved, resolve
 
 from ..command_line import options_of
-from ..config import Settings, result_settings, speed_settings
+from ..config import BEIT_MASK_SHARE, Settings, result_settings, speed_settings
 from ..cpu import has_bf16
 from ..data.loading import BadPictureLog, Batch, train_loader, val_batches
 from ..data.pictures import Pictures, open_pictures
@@ -301,6 +301,8 @@ class Run:
             "pictures": f"{len(self.pictures.train):,} to train on, {held_out:,} held out",
             "steps": f"{self.total_steps:,} of {settings.train.global_batch} pictures, "
             f"{self.steps_per_epoch:,} an epoch, from step {self.start_step} to {self.end_step}",
+            "masked": f"{settings.mask.num_patches} of the {settings.num_patches} patches of a picture "
+            f"({settings.mask.num_patches / settings.num_patches:.0%}; BEiT: {BEIT_MASK_SHARE:.0%})",
             "parameters": f"{self.num_parameters:,}",
             "FLOPs a picture": f"{self.flops:.3g}, forward and backward, without the tokenizer",
             "memory a rank": f"about {human_bytes(memory)} by estimate",

@@ -69,7 +69,14 @@ def start(settings: Settings) -> Runtime:
         backend = get_accelerator().communication_backend_name()
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
         os.environ.setdefault("LOCAL_RANK", "0")
-    deepspeed.init_distributed(timeout=COLLECTIVE_TIMEOUT, verbose=False)
+    try:
+        deepspeed.init_distributed(timeout=COLLECTIVE_TIMEOUT, verbose=False)
+    except torch.distributed.DistNetworkError as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(
+            f"the ranks cannot meet at {address} ({str(error).splitlines()[0]}); where another run has that port, give "
+            f"this one its own, `deepspeed --master_port PORT`."
+        ) from None
     return runtime(settings)
 
 
@@ -323,13 +330,13 @@ def refuse_other_shape(manifest: dict[str, Any], *, folder: Path, world_size: in
     """Raise `UserError` when DeepSpeed cannot read this checkpoint's shards here."""
     saved_world, saved_stage = manifest["world_size"], manifest["stage"]
     same_layout = saved_stage == stage or {saved_stage, stage} == {1, 2}
+    if saved_stage > 0 and saved_world != world_size:
+        raise UserError(
+            f"{folder} was written by {saved_world} rank(s) at ZeRO stage {saved_stage} and this run has {world_size}; "
+            f"resume with {saved_world} rank(s)."
+        )
     if not same_layout:
         raise UserError(
             f"{folder} was written at ZeRO stage {saved_stage} and this run has stage {stage}; "
             f"resume with --zero.stage {saved_stage}."
-        )
-    if stage > 0 and saved_world != world_size:
-        raise UserError(
-            f"{folder} was written by {saved_world} rank(s) at ZeRO stage {saved_stage} and this run has {world_size}; "
-            f"resume with {saved_world} rank(s)."
         )

@@ -25,7 +25,7 @@ from . import target
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
-SHARED_LIMIT = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+SHARED_LIMIT = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
 """KiB of shared memory that a program can have (CUDA C programming guide, table of compute capabilities; CDNA3 ISA)."""
 
 
@@ -189,8 +189,8 @@ def _count(pattern: str, code: str) -> int:
 
 
 def _programs_a_processor(registers: int, num_warps: int, shared: int, tensor_memory: int, arch: int) -> int:
-    warps_limit = 48 if arch in (86, 89) else 64
-    kib = {80: 164, 86: 100, 89: 100}.get(arch, 228)
+    warps_limit = 48 if arch in (86, 89, 120) else 64
+    kib = {80: 164, 86: 100, 89: 100, 120: 100}.get(arch, 228)
     # Registers are given to a warp in lots of 256; each program reserves 1 KiB of shared memory.
     by_registers = 65536 // (-(-registers * 32 // 256) * 256 * num_warps)
     by_tensor_memory = TENSOR_MEMORY_LIMIT // max(tensor_memory, 1)

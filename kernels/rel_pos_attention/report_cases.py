@@ -7,8 +7,9 @@ import torch
 
 from .._triton.ahead_of_time import Case
 from .launch import attention_bwd, attention_fwd
+from .plan import keeps_exact_lse
 
-ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 # Tokens and channels of a head: pictures of 224, 384 and 512 pixels in patches of 16; other heads.
 SHAPES = ((197, 64), (577, 64), (1025, 64), (197, 32), (197, 96), (197, 128))
 IN_ORDER, ATOMICS = "in order", "atomics"
@@ -35,7 +36,8 @@ def launch_all(
     empty = partial(torch.empty, dtype=torch.bfloat16, device="meta")
     q, k, v = empty(8, num_tokens, 3, 12, head_dim).permute(2, 0, 3, 1, 4).unbind()
     out = empty(8, num_tokens, 12, head_dim).transpose(1, 2)
-    lse = empty(8, 12, num_tokens, dtype=torch.float32)
+    parts = (2,) if keeps_exact_lse(q.dtype, masked=has_mask) else ()
+    lse = empty(8, 12, num_tokens, *parts, dtype=torch.float32)
     bias = empty(12, num_tokens, num_tokens) if has_bias else None
     mask = empty(4, num_tokens, num_tokens) if has_mask else None
     attention_fwd(q, k, v, bias, mask, 0.125, out, lse)
