@@ -3,18 +3,30 @@
 import torch
 from torch import Tensor
 
-from ..impl import AUTO, Impl, Operator
+from .._triton.target import why_unavailable
+from ..impl import AUTO, Impl, Operator, Resolved
 from ..validation import check_float, check_same_device, check_shape
 from .reference import residual_add_reference, residual_norm_reference
+from .triton_ops import residual_add_triton, residual_norm_triton
+
+AUTOMATIC = {
+    "cpu": Resolved(Impl.REFERENCE, "triton needs a GPU"),
+    "cuda": Resolved(Impl.REFERENCE, "triton was not measured on a GPU yet"),
+}
+REQUIREMENTS = {Impl.TRITON: why_unavailable}
 
 ADD = Operator(
     "residual_add(Tensor x, Tensor y, Tensor? gamma, Tensor? keep, str impl) -> Tensor",
-    {Impl.REFERENCE: residual_add_reference},
+    {Impl.REFERENCE: residual_add_reference, Impl.TRITON: residual_add_triton},
+    AUTOMATIC,
+    REQUIREMENTS,
 )
 NORM = Operator(
     "residual_norm(Tensor x, Tensor y, Tensor? gamma, Tensor? keep, Tensor weight, Tensor bias, float eps, str impl) "
     "-> (Tensor, Tensor)",
-    {Impl.REFERENCE: residual_norm_reference},
+    {Impl.REFERENCE: residual_norm_reference, Impl.TRITON: residual_norm_triton},
+    AUTOMATIC,
+    REQUIREMENTS,
 )
 
 
@@ -36,7 +48,8 @@ def residual_add(x: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None
     x:     [B, N, D]  floating point, the residual stream
     y:     [B, N, D]  floating point, the output of the branch; may be of a narrower dtype than x
     gamma: [D]        LayerScale; or None for 1
-    keep:  [B]        DropPath's factor for each picture: 0, or 1 / (probability to keep); or None for 1
+    keep:  [B]        DropPath's factor for each picture: 0, or 1 / (probability to keep); or None for 1. It is drawn
+                      and not learned: triton refuses one that requires a gradient.
     ->     [B, N, D]  in the dtype of x, under autocast too
 
     Raises ValueError or TypeError for wrong shapes, devices or dtypes, ImplUnavailable for an `impl` it does not have.

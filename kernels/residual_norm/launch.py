@@ -1,0 +1,137 @@
+"""Launches the kernels, with tiles pinned by width and programs by architecture. What is filled is contiguous.
+
+B pictures, N tokens, R = B * N rows, D channels.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._triton.target import INTERPRETER, arch_of
+from ..precision import accumulate_dtype
+from .kernels import residual_bwd_kernel, residual_fwd_kernel, residual_sums_kernel
+
+# Chosen from what Triton 3.9.0 compiles them to (`make kernel-report`), not timed on a GPU yet; README.md says how.
+TILE = 2048
+"""Most numbers of each tensor that a program holds at a time, counting a width as the next power of two."""
+FORWARD_WARPS = 1
+BACKWARD_WARPS = 4
+STAGES = 3
+
+PROGRAMS = {"sm_80": 216, "sm_90": 264, "sm_100": 296, "gfx942": 608, INTERPRETER: 3}
+"""Most programs of the backward: two for each multiprocessor of the largest GPU of that name (108, 132, 148, 304).
+
+The order of its sums follows from it, so it is not asked of the GPU at hand, which may have fewer of them.
+"""
+OTHER_PROGRAMS = 264
+
+SUM_CONFIG = {"ROWS": 64, "COLS": 32, "num_warps": 4, "enable_fp_fusion": True}
+
+
+class Tiles(NamedTuple):
+    """How a row of D channels is cut, and how many rows are taken at a time."""
+
+    main: int
+    tail: int
+    rows: int
+
+
+@functools.cache
+def tiles(width: int) -> Tiles:
+    """The largest power of two that fits the width, one that holds the rest or 0, and the rows that make a tile."""
+    main = 1 << (width.bit_length() - 1)
+    rest = width - main
+    tail = 1 << (rest - 1).bit_length() if rest else 0
+    return Tiles(main, tail, max(1, TILE // triton.next_power_of_2(width)))
+
+
+def rows_a_program(num_rows: int, width: int, arch: str) -> int:
+    """Rows that each program of the backward sums: whole tiles, as even as PROGRAMS of them can be."""
+    rows = tiles(width).rows
+    return triton.cdiv(triton.cdiv(num_rows, PROGRAMS.get(arch, OTHER_PROGRAMS)), rows) * rows
+
+
+def _shared_arguments(x: Tensor, num_warps: int) -> dict[str, Any]:
+    cut = tiles(x.shape[2])
+    return {
+        "num_rows": x.shape[0] * x.shape[1],
+        "num_tokens": x.shape[1],
+        "D": x.shape[2],
+        "MAIN": cut.main,
+        "TAIL": cut.tail,
+        "ROWS": cut.rows,
+        "ACC": tl.float64 if x.dtype is torch.float64 else tl.float32,
+        "num_warps": num_warps,
+        "enable_fp_fusion": True,
+    }
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
+def residual_fwd(
+    x: Tensor,
+    y: Tensor,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    x_new: Tensor,
+    normed: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+) -> None:
+    """Fill x_new [B, N, D], and where there is a weight, normed [B, N, D] and mean, rstd [B, N]."""
+    inputs = _contiguous(x, y, gamma, keep, weight, bias)
+    shared = _shared_arguments(x, FORWARD_WARPS)
+    grid = (triton.cdiv(shared["num_rows"], shared["ROWS"]),)
+    with torch.cuda.device_of(x):
+        residual_fwd_kernel[grid](*inputs, x_new, normed, mean, rstd, EPS=eps, **shared)
+
+
+def residual_bwd(
+    grad_x_new: Tensor | None,
+    grad_normed: Tensor | None,
+    x_new: Tensor,
+    y: Tensor | None,
+    gamma: Tensor | None,
+    keep: Tensor | None,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    grad_x: Tensor | None,
+    grad_y: Tensor | None,
+    grad_gamma: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None:
+    """Fill the gradients that are given. y is given where that of gamma is."""
+    inputs = _contiguous(grad_x_new, grad_normed, x_new, y, gamma, keep, weight)
+    shared = _shared_arguments(x_new, BACKWARD_WARPS)
+    num_rows, width = shared["num_rows"], x_new.shape[2]
+    num_rows_each = rows_a_program(num_rows, width, arch_of(x_new.device))
+    num_programs = triton.cdiv(num_rows, num_rows_each)
+    wanted = (grad_gamma, grad_weight, grad_bias)
+    dtype = accumulate_dtype(x_new.dtype)
+    sums = [None if grad is None else x_new.new_empty(num_programs, width, dtype=dtype) for grad in wanted]
+    with torch.cuda.device_of(x_new):
+        residual_bwd_kernel[(num_programs,)](
+            *inputs,
+            mean,
+            rstd,
+            grad_x,
+            grad_y,
+            *sums,
+            rows_a_program=num_rows_each,
+            STAGES=STAGES,
+            **shared,
+        )
+        if any(grad is not None for grad in wanted):
+            grid = (triton.cdiv(width, SUM_CONFIG["COLS"]), len(wanted))
+            residual_sums_kernel[grid](*sums, *wanted, num_programs, D=width, **SUM_CONFIG)
