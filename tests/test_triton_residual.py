@@ -4,11 +4,17 @@ import os
 
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fused_beit.kernels import ImplUnavailable, residual_add, residual_norm
 from fused_beit.kernels._triton.target import INTERPRETER
-from fused_beit.kernels.testing import assert_parity, outputs_and_grads, residual_norm_inputs
+from fused_beit.kernels.testing import (
+    assert_no_worse_than_eager,
+    assert_parity,
+    outputs_and_grads,
+    residual_norm_inputs,
+)
 
 launch = pytest.importorskip("fused_beit.kernels.residual_norm.launch", exc_type=ImportError)
 
@@ -292,6 +298,39 @@ def test_no_picture_gives_gradients_of_zero(operator):
     for name in ("gamma", "weight", "bias"):
         if name in inputs:
             assert torch.equal(found[f"grad {name}"], torch.zeros(8))
+
+
+def test_no_row_past_the_last_is_read_or_written(small_tiles):
+    """Every tensor of rows lies in a larger one, with NaN past the inputs, and past the outputs what must stay."""
+    guards = []
+
+    def rows(*shape, source=None):
+        larger = torch.full((shape[0] + 1, *shape[1:]), 7.0 if source is None else torch.nan, dtype=torch.float64)
+        if source is None:
+            guards.append(larger[shape[0] :])
+        else:
+            larger[: shape[0]] = source
+        return larger[: shape[0]]
+
+    inputs = inputs_of("norm", 3, 5, 48, dtype=torch.float64)
+    x, y = (rows(3, 5, 48, source=inputs[name]) for name in ("x", "y"))
+    gamma, keep, weight, bias = (inputs[name] for name in ("gamma", "keep", "weight", "bias"))
+    x_new, normed, grad_x, grad_y = (rows(3, 5, 48) for _ in range(4))
+    mean, rstd = (rows(3, 5) for _ in range(2))
+    sums = [torch.empty(48, dtype=torch.float64) for _ in range(3)]
+    launch.residual_fwd(x, y, gamma, keep, weight, bias, 1e-6, x_new, normed, mean, rstd)
+    launch.residual_bwd(x, y, x_new, y, gamma, keep, weight, mean, rstd, grad_x, grad_y, *sums)
+    assert all(tensor.isfinite().all() for tensor in (x_new, normed, mean, rstd, grad_x, grad_y, *sums))
+    assert all((guard == 7).all() for guard in guards)
+
+
+def test_the_norm_is_that_of_the_stream_as_it_was_rounded(small_tiles):
+    inputs = inputs_of("norm", 3, 5, 48, dtype=torch.float16)
+    inputs["x"] = inputs["x"] + 1000  # where fp16 has steps of a half
+    x_new, normed = residual_norm(**inputs, impl="triton")
+    weight, bias = inputs["weight"], inputs["bias"]
+    exact = F.layer_norm(x_new.double(), (48,), weight.double(), bias.double(), 1e-6)
+    assert_no_worse_than_eager("normed", normed, F.layer_norm(x_new, (48,), weight, bias, 1e-6), exact)
 
 
 def test_the_inputs_are_not_changed():
