@@ -17,7 +17,7 @@ from .plan import rows_a_chunk
 
 # For every architecture: 32 numbers a thread fit the registers of each. Not timed on any yet.
 LARGEST_BLOCK = 8192
-BLOCK_A_WARP = 1024
+BLOCK_A_WARP = 512
 SCALE_CONFIG = {"BLOCK": 2048, "num_warps": 8, "enable_fp_fusion": True}
 
 

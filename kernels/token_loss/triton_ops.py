@@ -171,33 +171,29 @@ def _scale(grad: Tensor, factor: Tensor, count: Tensor, dtype: torch.dtype) -> T
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, targets, *ctx.options, ctx.mean, wants = inputs
     _, accuracy, count, *grads = output
-    ctx.made = ctx.mean and any(wants)
-    ctx.wants = wants
-    ctx.dtypes = _final_dtypes(hidden, weight, bias)
-    ctx.save_for_backward(count, *(grads if ctx.made else (hidden, weight, bias, targets)))
+    ctx.made = [ctx.mean and want for want in wants]
+    ctx.save_for_backward(count, *grads, hidden, weight, bias, targets)
     ctx.mark_non_differentiable(accuracy, count, *grads)
     ctx.set_materialize_grads(False)
 
 
 def _grads(ctx: Any, grad_loss: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
+    count, *saved, hidden, weight, bias, targets = ctx.saved_tensors
     wants = list(ctx.needs_input_grad[:3])
-    nothing = (None,) * 5
-    if grad_loss is None or not any(wants):
-        return None, None, None, *nothing
-    count, *saved = ctx.saved_tensors
     grads: list[Tensor | None] = [None, None, None]
-    if ctx.made:
+    if grad_loss is None:
+        pass
+    elif all(made or not want for made, want in zip(ctx.made, wants, strict=True)):
+        dtypes = _final_dtypes(hidden, weight, bias)
         for i in range(3):
             if wants[i]:
-                if not ctx.wants[i]:
-                    raise RuntimeError(f"token_loss_fwd: input {i} needs a gradient, but was not named in `wants`")
-                grads[i] = torch.ops.fused_beit.token_loss_scale(saved[i], grad_loss, count, ctx.dtypes[i])
+                grads[i] = torch.ops.fused_beit.token_loss_scale(saved[i], grad_loss, count, dtypes[i])
     else:
-        grad_rows = (grad_loss / count).expand(saved[-1].shape) if ctx.mean else grad_loss
-        found = torch.ops.fused_beit.token_loss_bwd(grad_rows, *saved, *ctx.options, wants)
+        grad_rows = (grad_loss / count).expand(targets.shape) if ctx.mean else grad_loss
+        found = torch.ops.fused_beit.token_loss_bwd(grad_rows, hidden, weight, bias, targets, *ctx.options, wants)
         grads = [grad if want else None for grad, want in zip(found, wants, strict=True)]
-    grads = differentiable_once("token_loss", grads, grad_loss, *saved)
-    return *grads, *nothing
+    grads = differentiable_once("token_loss", grads, grad_loss, hidden, weight, bias)
+    return *grads, None, None, None, None, None
 
 
 if not hasattr(torch.ops.fused_beit, "token_loss_fwd"):  # once only, as in impl.py
