@@ -17,7 +17,7 @@ from .rel_pos_attention import (
     scatter_table,
 )
 from .residual_norm import residual_add, residual_norm
-from .token_loss import TokenLoss, token_loss
+from .token_loss import TokenLoss, TokenLossPlan, token_loss, token_loss_plan
 
 __all__ = [
     "FuseReport",
@@ -29,6 +29,7 @@ __all__ = [
     "Resolved",
     "SharedBias",
     "TokenLoss",
+    "TokenLossPlan",
     "attention",
     "attention_plan",
     "embed_tokens",
@@ -45,5 +46,6 @@ __all__ = [
     "resolve",
     "scatter_table",
     "token_loss",
+    "token_loss_plan",
     "unfuse",
 ]

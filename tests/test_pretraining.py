@@ -58,8 +58,9 @@ def test_a_resumed_run_equals_the_one_that_never_stopped(run, stage, precision, 
 
 
 def test_a_run_leaves_no_data_worker_behind(run):
+    before = set(multiprocessing.active_children())  # one that another test made hang goes on for its grace period
     run("workers", data__workers=2)
-    assert multiprocessing.active_children() == []
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_workers_and_accumulation_change_only_the_speed(run):

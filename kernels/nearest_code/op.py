@@ -5,13 +5,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..impl import AUTO, Impl, Operator
+from .._triton.target import why_unavailable
+from ..impl import AUTO, Impl, Operator, Resolved
 from ..validation import check_float, check_same_device, check_shape
 from .reference import nearest_code_reference
+from .triton_ops import nearest_code_triton
 
 OPERATOR = Operator(
     "nearest_code(Tensor x, Tensor codes, Tensor? bias, str impl) -> (Tensor, Tensor)",
-    {Impl.REFERENCE: nearest_code_reference},
+    {Impl.REFERENCE: nearest_code_reference, Impl.TRITON: nearest_code_triton},
+    {"cuda": Resolved(Impl.REFERENCE, "triton was not measured on a GPU yet")},
+    {Impl.TRITON: why_unavailable},
 )
 
 
@@ -31,7 +35,8 @@ def nearest_code(x: Tensor, codes: Tensor, bias: Tensor | None = None, *, impl: 
     -> NearestCode(index int64 [R], score fp32 [R]); float64 scores for float64 inputs
 
     Scores are made in fp32 from half-precision inputs, and autocast does not narrow them: a rounding could turn one
-    code into another. At most a fixed number of scores is held at a time. Without gradient.
+    code into another. At most a fixed number of scores is held at a time, with triton none. Without gradient.
+    A row with a NaN among its scores gives the index of the first one, and NaN.
     Raises ValueError or TypeError for wrong shapes, devices or dtypes, ImplUnavailable for an `impl` it does not have.
     """
     name = "nearest_code"

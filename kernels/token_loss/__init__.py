@@ -1,5 +1,6 @@
 """The loss over visual tokens."""
 
 from .op import TokenLoss, token_loss
+from .plan import TokenLossPlan, token_loss_plan
 
-__all__ = ["TokenLoss", "token_loss"]
+__all__ = ["TokenLoss", "TokenLossPlan", "token_loss", "token_loss_plan"]

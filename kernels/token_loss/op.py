@@ -5,14 +5,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..impl import AUTO, Impl, Operator
+from .._triton.target import why_unavailable
+from ..impl import AUTO, Impl, Operator, Resolved
 from ..validation import check_float, check_int64, check_same_device, check_shape
 from .reference import token_loss_reference
+from .triton_ops import token_loss_triton
 
 OPERATOR = Operator(
     "token_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float label_smoothing, int ignore_index, "
     "str reduction, str impl) -> (Tensor, Tensor)",
-    {Impl.REFERENCE: token_loss_reference},
+    {Impl.REFERENCE: token_loss_reference, Impl.TRITON: token_loss_triton},
+    {"cuda": Resolved(Impl.REFERENCE, "triton was not measured on a GPU yet")},
+    {Impl.TRITON: why_unavailable},
 )
 
 
@@ -46,8 +50,8 @@ def token_loss(
 
     The product is made in the dtype of hidden (autocast's under autocast), everything after it in fp32. Among equal
     logits the lowest token is the prediction. Nothing waits for the device.
-    Raises ValueError or TypeError for wrong arguments, ImplUnavailable for an `impl` it does not have. Targets outside
-    their range are found by torch, on a CPU as IndexError.
+    Raises ValueError or TypeError for wrong arguments, ImplUnavailable for an `impl` it does not have or that
+    cannot run here. Targets outside their range are found by torch, on a CPU as IndexError; triton gives NaN for them.
     Source: BEiT (arXiv:2106.08254) equation 3.
     """
     name = "token_loss"
