@@ -2,7 +2,7 @@
 
 from .adapters import FuseReport, fuse, unfuse
 from .impl import Impl, ImplUnavailable, Resolved, operators, resolve
-from .masked_tokens import embed_tokens, gather_masked
+from .masked_tokens import embed_tokens, gather_masked, keep_visible, restore_tokens
 from .nearest_code import NearestCode, nearest_code
 from .rel_pos_attention import (
     Plan,
@@ -37,6 +37,7 @@ __all__ = [
     "fuse",
     "gather_masked",
     "interpolate_table",
+    "keep_visible",
     "nearest_code",
     "operators",
     "rel_pos_attention",
@@ -44,6 +45,7 @@ __all__ = [
     "residual_add",
     "residual_norm",
     "resolve",
+    "restore_tokens",
     "scatter_table",
     "token_loss",
     "token_loss_plan",

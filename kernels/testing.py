@@ -75,6 +75,48 @@ def embed_tokens_inputs(
     return inputs | {"masked_positions": positions}
 
 
+def keep_visible_inputs(
+    batch: int,
+    num_patches: int,
+    width: int,
+    num_visible: int,
+    *,
+    num_padding: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> Inputs:
+    """patches [B,P,D], cls_token [D], pos_embed [P+1,D], visible_positions int64 [B,V]."""
+    inputs = embed_tokens_inputs(
+        batch, num_patches, width, num_visible, num_padding=num_padding, dtype=dtype, device=device, seed=seed
+    )
+    names = ("patches", "cls_token", "pos_embed")
+    return {name: inputs[name] for name in names} | {"visible_positions": inputs["masked_positions"]}
+
+
+def restore_tokens_inputs(
+    batch: int,
+    num_patches: int,
+    width: int,
+    num_visible: int,
+    *,
+    num_padding: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> Inputs:
+    """x [B,V+1,D], mask_token [D], pos_embed [P+1,D], visible_positions int64 [B,V]."""
+    generator = _generator(seed)
+    floats = {
+        "x": torch.randn(batch, num_visible + num_padding + 1, width, generator=generator),
+        "mask_token": torch.randn(width, generator=generator),
+        "pos_embed": torch.randn(num_patches + 1, width, generator=generator),
+    }
+    positions = masked_positions(batch, num_patches, num_visible, num_padding=num_padding, device=device, seed=seed)
+    inputs: Inputs = {name: tensor.to(device, dtype) for name, tensor in floats.items()}
+    return inputs | {"visible_positions": positions}
+
+
 def gather_masked_inputs(
     batch: int,
     num_tokens: int,

@@ -32,6 +32,27 @@ def check_int64(operator: str, **tensors: Tensor | None) -> None:
             raise TypeError(f"{operator}: {name} must be torch.int64, but is {tensor.dtype}")
 
 
+def check_positions(operator: str, name: str, positions: Tensor, num_patches: int) -> None:
+    """Raise ValueError for places outside -1..num_patches-1 and for a patch that a picture lists twice.
+
+    On a CPU alone, and where there are values to look at: elsewhere it would have to wait for the device.
+    """
+    if positions.device.type != "cpu" or type(positions) is not Tensor or torch.compiler.is_compiling():
+        return
+    if positions.numel() == 0:
+        return
+    ordered = positions.sort(dim=1).values
+    lowest, highest = int(ordered[:, 0].min()), int(ordered[:, -1].max())
+    if lowest < -1 or highest >= num_patches:
+        wrong = lowest if lowest < -1 else highest
+        raise ValueError(f"{operator}: {name} must be -1 or in 0..{num_patches - 1}, but one is {wrong}")
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    if twice.any():
+        picture, slot = (int(index) for index in twice.nonzero()[0])
+        patch = int(ordered[picture, slot])
+        raise ValueError(f"{operator}: {name} must list a patch once, but lists {patch} of picture {picture} twice")
+
+
 def check_same_device(operator: str, first_name: str, first: Tensor, **tensors: Tensor | None) -> None:
     """Raise ValueError unless every tensor given is on the device of `first`."""
     for name, tensor in tensors.items():

@@ -16,10 +16,12 @@ OPERATORS = (
     "embed_tokens",
     "expand_table",
     "gather_masked",
+    "keep_visible",
     "nearest_code",
     "rel_pos_attention",
     "residual_add",
     "residual_norm",
+    "restore_tokens",
     "scatter_table",
     "token_loss",
 )

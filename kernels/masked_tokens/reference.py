@@ -1,17 +1,18 @@
-"""Masked tokens in torch: putting the mask token in, and taking the masked rows out. The specification.
+"""Masked tokens in torch, the specification: what goes into an encoder or decoder in their place, what is taken out.
 
-B pictures, P patches, N tokens, M slots for masked patches, D channels. Slots of -1 are padding.
+B pictures, P patches, N tokens, M slots for masked patches, V for visible ones, D channels. Slots of -1 are padding.
 """
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..precision import layer_norm
 
 
 def embed_tokens_reference(
     patches_BPD: Tensor,
-    mask_token_D: Tensor,
+    mask_token_D: Tensor | None,
     cls_token_D: Tensor,
     pos_embed_ND: Tensor | None,
     masked_positions_BM: Tensor | None,
@@ -19,12 +20,41 @@ def embed_tokens_reference(
     """CLS in front, masked patches replaced, positions added after that: [B,P,D] -> [B,P+1,D]."""
     num_pictures, num_patches, width = patches_BPD.shape
     if masked_positions_BM is not None:
+        assert mask_token_D is not None
         # Padding goes to a column past the last patch, then cut off: boolean indexing would wait for the device.
         slots_BM = torch.where(masked_positions_BM < 0, num_patches, masked_positions_BM)
         masked_BP = patches_BPD.new_zeros(num_pictures, num_patches + 1, dtype=torch.bool)
         masked_BP = masked_BP.scatter(1, slots_BM, True)[:, :num_patches]
         patches_BPD = torch.where(masked_BP[:, :, None], mask_token_D, patches_BPD)
     x_BND = torch.cat([cls_token_D.expand(num_pictures, 1, width), patches_BPD], dim=1)
+    return x_BND if pos_embed_ND is None else x_BND + pos_embed_ND
+
+
+def keep_visible_reference(
+    patches_BPD: Tensor, cls_token_D: Tensor, pos_embed_ND: Tensor | None, visible_positions_BV: Tensor
+) -> Tensor:
+    """CLS and the visible patches, positions added, zeros for padding: [B,P,D] -> [B,V+1,D]."""
+    x_BND = embed_tokens_reference(patches_BPD, None, cls_token_D, pos_embed_ND, None)
+    tokens_BI = F.pad(visible_positions_BV.clamp_min(0) + 1, (1, 0))  # CLS first
+    kept_BID = x_BND.gather(1, tokens_BI[:, :, None].expand(-1, -1, x_BND.shape[2]))
+    return torch.where(F.pad(visible_positions_BV < 0, (1, 0))[:, :, None], 0, kept_BID)
+
+
+def restore_tokens_reference(
+    x_BID: Tensor,
+    mask_token_D: Tensor,
+    pos_embed_ND: Tensor | None,
+    visible_positions_BV: Tensor,
+    num_patches: int,
+) -> Tensor:
+    """Each visible patch in its place, mask tokens in the others, positions added: [B,V+1,D] -> [B,P+1,D]."""
+    num_pictures, _, width = x_BID.shape
+    x_BID = x_BID.to(torch.promote_types(x_BID.dtype, mask_token_D.dtype))
+    # Padding goes to a place past the last patch, then cut off.
+    places_BV = torch.where(visible_positions_BV < 0, num_patches, visible_positions_BV)
+    hidden_BPD = mask_token_D.to(x_BID.dtype).expand(num_pictures, num_patches + 1, width)
+    patches_BPD = hidden_BPD.scatter(1, places_BV[:, :, None].expand(-1, -1, width), x_BID[:, 1:])[:, :num_patches]
+    x_BND = torch.cat([x_BID[:, :1], patches_BPD], dim=1)
     return x_BND if pos_embed_ND is None else x_BND + pos_embed_ND
 
 

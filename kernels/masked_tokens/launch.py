@@ -1,0 +1,225 @@
+"""Launches the kernels, with tiles pinned by width and programs by architecture. What is filled is contiguous.
+
+B pictures, P patches, M slots for positions, D channels.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._triton.launching import on_device
+from .._triton.rows import Cut, cut
+from .._triton.target import INTERPRETER, arch_of
+from ..precision import accumulate_dtype
+from .gather import gather_bwd_kernel, gather_fwd_kernel, gather_sums_kernel
+from .place import place_bwd_kernel, place_fwd_kernel, place_sums_kernel
+
+# Chosen from what Triton 3.9.0 compiles them to (`make kernel-report`), not timed on a GPU yet; README.md says how.
+TILE = 2048
+"""Most numbers of each tensor that a program holds at a time, counting a width as the next power of two."""
+COMPARED = 128
+"""Most pairs of a row and a slot that are compared at a time."""
+FORWARD_WARPS = 1
+BACKWARD_WARPS = 4
+STAGES = 3
+
+PROGRAMS = {"sm_80": 216, "sm_90": 264, "sm_100": 296, "gfx942": 608, INTERPRETER: 3}
+"""Programs that a backward aims at: two for each multiprocessor of the largest GPU of that name.
+
+The order of its sums follows from it, so it is not asked of the GPU at hand, which may have fewer of them.
+"""
+OTHER_PROGRAMS = 264
+
+SUM_ROWS = 64
+"""Partial sums that are added at a time."""
+SUM_CONFIG = {"COLS": 32, "num_warps": 4, "enable_fp_fusion": True}
+
+
+def _row_arguments(rows: Cut, width: int, dtype: torch.dtype, num_warps: int) -> dict[str, Any]:
+    return {
+        "D": width,
+        "MAIN": rows.main,
+        "TAIL": rows.tail,
+        "ROWS": rows.rows,
+        "ACC": tl.float64 if dtype is torch.float64 else tl.float32,
+        "num_warps": num_warps,
+        "enable_fp_fusion": True,
+    }
+
+
+def _slot_arguments(num_slots: int, rows: Cut) -> dict[str, int]:
+    chunk = min(triton.next_power_of_2(max(1, num_slots)), max(1, COMPARED // rows.rows))
+    return {"CHUNK": chunk, "CHUNKS": triton.cdiv(num_slots, chunk)}
+
+
+def _programs(device: torch.device) -> int:
+    return PROGRAMS.get(arch_of(device), OTHER_PROGRAMS)
+
+
+def _partials(out: Tensor | None, *shape: int) -> Tensor | None:
+    return None if out is None else out.new_empty(shape, dtype=accumulate_dtype(out.dtype))
+
+
+def place_fwd(
+    place: str,
+    source: Tensor,
+    cls_token: Tensor | None,
+    mask_token: Tensor | None,
+    pos_embed: Tensor | None,
+    positions: Tensor | None,
+    num_patches: int,
+    out: Tensor,
+) -> None:
+    """Fill out [B, P+1, D], or [B, M+1, D] where place is "keep"."""
+    num_rows, width = out.shape[0] * out.shape[1], out.shape[2]
+    num_slots = 0 if positions is None else positions.shape[1]
+    rows = cut(width, TILE)
+    inputs = [
+        None if tensor is None else tensor.contiguous()
+        for tensor in (source, cls_token, mask_token, pos_embed, positions)
+    ]
+    with on_device(out.device):
+        place_fwd_kernel[(triton.cdiv(num_rows, rows.rows),)](
+            *inputs,
+            out,
+            num_rows,
+            num_patches,
+            num_slots,
+            PLACE=place,
+            **_slot_arguments(num_slots, rows),
+            **_row_arguments(rows, width, out.dtype, FORWARD_WARPS),
+        )
+
+
+def place_bwd(
+    place: str,
+    grad: Tensor,
+    positions: Tensor | None,
+    num_patches: int,
+    grad_source: Tensor | None,
+    grad_mask_token: Tensor | None,
+    grad_tokens: Tensor | None,
+) -> None:
+    """Fill the gradients that are given.
+
+    grad_tokens: [T, D], summed over the pictures: T = P+1 for those of all positions, T = 1 for that of CLS
+    """
+    num_pictures, width = grad.shape[0], grad.shape[2]
+    num_slots = 0 if positions is None else positions.shape[1]
+    rows = cut(width, TILE)
+    num_tiles = triton.cdiv(num_patches + 1, rows.rows)
+    num_groups = min(num_pictures, triton.cdiv(_programs(grad.device), num_tiles))
+    pictures_each = triton.cdiv(num_pictures, num_groups)
+    num_groups = triton.cdiv(num_pictures, pictures_each)
+    num_sums = 0 if grad_tokens is None else grad_tokens.shape[0]
+    token_sums = _partials(grad_tokens, num_groups, num_sums, width)
+    mask_sums = _partials(grad_mask_token, num_groups * num_tiles, width)
+    with on_device(grad.device):
+        place_bwd_kernel[(num_tiles, num_groups)](
+            grad.contiguous(),
+            None if positions is None else positions.contiguous(),
+            grad_source,
+            token_sums,
+            mask_sums,
+            num_pictures,
+            num_patches,
+            num_slots,
+            num_sums,
+            pictures_each,
+            PLACE=place,
+            STAGES=STAGES,
+            **_slot_arguments(num_slots, rows),
+            **_row_arguments(rows, width, grad.dtype, BACKWARD_WARPS),
+        )
+        if token_sums is not None or mask_sums is not None:
+            num_columns = max(width, num_sums * width)
+            place_sums_kernel[(triton.cdiv(num_columns, SUM_CONFIG["COLS"]), 2)](
+                token_sums,
+                mask_sums,
+                grad_tokens,
+                grad_mask_token,
+                num_groups,
+                num_groups * num_tiles,
+                num_columns,
+                D=width,
+                ROWS=SUM_ROWS,
+                **SUM_CONFIG,
+            )
+
+
+def gather_fwd(
+    x: Tensor,
+    positions: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    num_prefix_tokens: int,
+    out: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+) -> None:
+    """Fill out [B*M, D] and mean, rstd [B*M]."""
+    rows = cut(x.shape[2], TILE)
+    with on_device(x.device):
+        gather_fwd_kernel[(triton.cdiv(positions.numel(), rows.rows),)](
+            x.contiguous(),
+            positions.contiguous(),
+            weight.contiguous(),
+            bias.contiguous(),
+            out,
+            mean,
+            rstd,
+            positions.numel(),
+            x.shape[1],
+            positions.shape[1],
+            num_prefix_tokens,
+            EPS=eps,
+            **_row_arguments(rows, x.shape[2], x.dtype, FORWARD_WARPS),
+        )
+
+
+def gather_bwd(
+    grad: Tensor,
+    x: Tensor,
+    positions: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    num_prefix_tokens: int,
+    grad_x: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None:
+    """Fill the gradients that are given."""
+    num_rows, num_slots, width = x.shape[0] * x.shape[1], positions.shape[1], x.shape[2]
+    rows = cut(width, TILE)
+    rows_each = triton.cdiv(triton.cdiv(num_rows, _programs(x.device)), rows.rows) * rows.rows
+    num_programs = triton.cdiv(num_rows, rows_each)
+    weight_sums, bias_sums = (_partials(out, num_programs, width) for out in (grad_weight, grad_bias))
+    with on_device(x.device):
+        gather_bwd_kernel[(num_programs,)](
+            grad.contiguous(),
+            x.contiguous(),
+            positions.contiguous(),
+            weight.contiguous(),
+            mean,
+            rstd,
+            grad_x,
+            weight_sums,
+            bias_sums,
+            num_rows,
+            x.shape[1],
+            num_slots,
+            num_prefix_tokens,
+            rows_each,
+            STAGES=STAGES,
+            **_slot_arguments(num_slots, rows),
+            **_row_arguments(rows, width, x.dtype, BACKWARD_WARPS),
+        )
+        if weight_sums is not None or bias_sums is not None:
+            gather_sums_kernel[(triton.cdiv(width, SUM_CONFIG["COLS"]), 2)](
+                weight_sums, bias_sums, grad_weight, grad_bias, num_programs, D=width, ROWS=SUM_ROWS, **SUM_CONFIG
+            )

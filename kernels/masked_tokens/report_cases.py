@@ -1,0 +1,58 @@
+"""The launches of this operator that the report compiles ahead of time: the pinned tiles at the widths of BEiT."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from .._triton.ahead_of_time import Case
+from .launch import gather_bwd, gather_fwd, place_bwd, place_fwd
+
+ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+STREAMS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""Dtype of the residual stream; fp32 as under autocast, beside patches in bf16."""
+SHAPES = ((768, "bf16"), (768, "fp32"), (1024, "bf16"), (1408, "bf16"))
+BATCH, NUM_PATCHES = 8, 196
+NUM_SLOTS = {"embed": 75, "keep": 49, "restore": 49}
+
+
+def cases() -> Iterator[Case]:
+    for arch in ARCHS:
+        for width, stream in SHAPES:
+            for place in NUM_SLOTS:
+                launches = partial(launch_place, place, width, STREAMS[stream])
+                yield Case(arch, f"{place} D={width} x={stream}", "in order", launches)
+            launches = partial(launch_gather, width, STREAMS[stream])
+            yield Case(arch, f"gather D={width} x={stream}", "in order", launches)
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launch_place(place: str, width: int, stream: torch.dtype = torch.bfloat16) -> None:
+    """Forward and backward with every gradient that the place has, on tensors that hold nothing."""
+    num_slots = NUM_SLOTS[place]
+    num_kept = num_slots + 1
+    num_inputs = num_kept if place == "restore" else NUM_PATCHES
+    num_outputs = num_kept if place == "keep" else NUM_PATCHES + 1
+    source = _empty(BATCH, num_inputs, width, dtype=torch.bfloat16)
+    out = _empty(BATCH, num_outputs, width, dtype=stream)
+    cls_token = None if place == "restore" else _empty(width, dtype=torch.float32)
+    mask_token = None if place == "keep" else _empty(width, dtype=torch.float32)
+    pos_embed = _empty(NUM_PATCHES + 1, width, dtype=torch.float32)
+    positions = _empty(BATCH, num_slots, dtype=torch.int64)
+    place_fwd(place, source, cls_token, mask_token, pos_embed, positions, NUM_PATCHES, out)
+    place_bwd(place, out, positions, NUM_PATCHES, source, mask_token, pos_embed)
+
+
+def launch_gather(width: int, stream: torch.dtype = torch.bfloat16) -> None:
+    """Forward and backward with every gradient, on tensors that hold nothing."""
+    num_slots = NUM_SLOTS["embed"]
+    x = _empty(BATCH, NUM_PATCHES + 1, width, dtype=stream)
+    positions = _empty(BATCH, num_slots, dtype=torch.int64)
+    weight, bias = (_empty(width, dtype=torch.float32) for _ in range(2))
+    out = _empty(BATCH * num_slots, width, dtype=torch.bfloat16)
+    mean, rstd = (_empty(BATCH * num_slots, dtype=torch.float32) for _ in range(2))
+    gather_fwd(x, positions, weight, bias, 1e-6, 1, out, mean, rstd)
+    gather_bwd(out, x, positions, weight, mean, rstd, 1, x, weight, bias)
