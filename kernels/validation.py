@@ -35,10 +35,13 @@ def check_int64(operator: str, **tensors: Tensor | None) -> None:
 def check_positions(operator: str, name: str, positions: Tensor, num_patches: int) -> None:
     """Raise ValueError for places outside -1..num_patches-1 and for a patch that a picture lists twice.
 
-    On a CPU alone, and where there are values to look at: elsewhere it would have to wait for the device.
+    On a CPU alone, and outside of torch.compile: elsewhere it would have to wait for the device.
     """
-    if positions.device.type != "cpu" or type(positions) is not Tensor or torch.compiler.is_compiling():
-        return
+    if positions.device.type == "cpu" and not torch.compiler.is_compiling():
+        torch.ops.fused_beit.check_positions(operator, name, positions, num_patches)
+
+
+def _check_positions(operator: str, name: str, positions: Tensor, num_patches: int) -> None:
     if positions.numel() == 0:
         return
     ordered = positions.sort(dim=1).values
@@ -51,6 +54,15 @@ def check_positions(operator: str, name: str, positions: Tensor, num_patches: in
         picture, slot = (int(index) for index in twice.nonzero()[0])
         patch = int(ordered[picture, slot])
         raise ValueError(f"{operator}: {name} must list a patch once, but lists {patch} of picture {picture} twice")
+
+
+# An operator, so that tensors without values (fake ones) pass it unread.
+if not hasattr(torch.ops.fused_beit, "check_positions"):  # once only, as in impl.py
+    torch.library.define(
+        "fused_beit::check_positions", "(str operator, str name, Tensor positions, int num_patches) -> ()"
+    )
+    torch.library.impl("fused_beit::check_positions", "cpu", _check_positions)
+    torch.library.register_fake("fused_beit::check_positions", lambda *_: None)
 
 
 def check_same_device(operator: str, first_name: str, first: Tensor, **tensors: Tensor | None) -> None:

@@ -18,6 +18,7 @@ from fused_beit.kernels.testing import (
 )
 
 launch = pytest.importorskip("fused_beit.kernels.masked_tokens.launch", exc_type=ImportError)
+rows = pytest.importorskip("fused_beit.kernels._triton.rows", exc_type=ImportError)
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter: TRITON_INTERPRET=1"
@@ -134,7 +135,7 @@ def test_the_tiles_of_this_machine_are_no_worse_than_eager_torch(operator):
 
 @every_operator
 def test_more_partial_sums_than_are_added_at_once_are_all_added(monkeypatch, operator):
-    monkeypatch.setitem(launch.PROGRAMS, INTERPRETER, 70)
+    monkeypatch.setitem(rows.PROGRAMS, INTERPRETER, 70)
     monkeypatch.setattr(launch, "TILE", 8)
     monkeypatch.setattr(launch, "SUM_ROWS", 16)
     inputs = inputs_of(operator, 20, 9, 8, 4, dtype=torch.float64)

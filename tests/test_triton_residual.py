@@ -17,6 +17,7 @@ from fused_beit.kernels.testing import (
 )
 
 launch = pytest.importorskip("fused_beit.kernels.residual_norm.launch", exc_type=ImportError)
+rows = pytest.importorskip("fused_beit.kernels._triton.rows", exc_type=ImportError)
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter: TRITON_INTERPRET=1"
@@ -33,10 +34,7 @@ TWO_ROWS = 128  # numbers of a tile: two rows of 48 channels
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Tiles of few rows, so that few tokens make several programs of several tiles, and a last one that is not full."""
-    launch.tiles.cache_clear()
     monkeypatch.setattr(launch, "TILE", TWO_ROWS)
-    yield
-    launch.tiles.cache_clear()
 
 
 def inputs_of(operator, *shape, without=(), **options):
@@ -110,13 +108,11 @@ def test_the_tiles_of_this_machine_are_no_worse_than_eager_torch(operator):
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_more_partial_sums_than_are_added_at_once_are_all_added(monkeypatch, operator):
-    monkeypatch.setitem(launch.PROGRAMS, INTERPRETER, 70)
+    monkeypatch.setitem(rows.PROGRAMS, INTERPRETER, 70)
     monkeypatch.setattr(launch, "TILE", 8)
-    launch.tiles.cache_clear()
     assert launch.SUM_CONFIG["ROWS"] < 70
     inputs = inputs_of(operator, 2, 35, 8, dtype=torch.float64)
     assert_close_in_float64(results(operator, inputs), results(operator, inputs, "reference"))
-    launch.tiles.cache_clear()
 
 
 def test_rows_far_from_zero_are_centred_before_they_are_squared(small_tiles):
@@ -239,14 +235,14 @@ def test_two_runs_give_the_same_bits(small_tiles, operator):
     assert_equal(results(operator, inputs), results(operator, inputs))
 
 
-@pytest.mark.parametrize("arch", [*launch.PROGRAMS, "sm_120"])
+@pytest.mark.parametrize("arch", [*rows.PROGRAMS, "sm_120"])
 @pytest.mark.parametrize("width", [64, 768, 1408])
 @pytest.mark.parametrize("num_rows", [1, 7, 25_216, 1_000_003])
 def test_the_rows_of_a_program_follow_from_shape_and_architecture_alone(arch, width, num_rows):
     each = launch.rows_a_program(num_rows, width, arch)
     num_programs = -(-num_rows // each)
-    assert each % launch.tiles(width).rows == 0
-    assert num_programs <= launch.PROGRAMS.get(arch, launch.OTHER_PROGRAMS)
+    assert each % rows.cut(width, launch.TILE).rows == 0
+    assert num_programs <= rows.PROGRAMS.get(arch, rows.OTHER_PROGRAMS)
 
 
 @pytest.mark.parametrize(
@@ -254,8 +250,8 @@ def test_the_rows_of_a_program_follow_from_shape_and_architecture_alone(arch, wi
     [(1, (1, 0)), (64, (64, 0)), (65, (64, 1)), (768, (512, 256)), (1024, (1024, 0)), (1408, (1024, 512))],
 )
 def test_a_row_is_cut_into_powers_of_two_that_hold_it(width, pieces):
-    cut = launch.tiles(width)
-    assert (cut.main, cut.tail) == pieces
+    row = rows.cut(width, launch.TILE)
+    assert (row.main, row.tail) == pieces
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

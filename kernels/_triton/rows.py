@@ -9,10 +9,20 @@ which there are, a piece is `[ROWS, SIZE]` from channel FIRST on; everything is 
 # The arguments of a kernel have the types that Triton finds at its launch.
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+
+from .target import INTERPRETER
+
+PROGRAMS = {"sm_80": 216, "sm_90": 264, "sm_100": 296, "gfx942": 608, INTERPRETER: 3}
+"""Programs that sum over rows: two for each multiprocessor of the largest GPU of that name (108, 132, 148, 304).
+
+The order of their sums follows from it, so it is not asked of the GPU at hand, which may have fewer of them.
+"""
+OTHER_PROGRAMS = 264
 
 
 class Cut(NamedTuple):
@@ -30,6 +40,20 @@ def cut(width: int, tile: int) -> Cut:
     rest = width - main
     tail = 1 << (rest - 1).bit_length() if rest else 0
     return Cut(main, tail, max(1, tile // triton.next_power_of_2(width)))
+
+
+def row_arguments(width: int, tile: int, dtype: torch.dtype, num_warps: int) -> dict[str, Any]:
+    """What every kernel over rows of this width is launched with, to compute what is of this dtype."""
+    row = cut(width, tile)
+    return {
+        "D": width,
+        "MAIN": row.main,
+        "TAIL": row.tail,
+        "ROWS": row.rows,
+        "ACC": tl.float64 if dtype is torch.float64 else tl.float32,
+        "num_warps": num_warps,
+        "enable_fp_fusion": True,
+    }
 
 
 @triton.jit

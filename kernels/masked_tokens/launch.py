@@ -3,16 +3,13 @@
 B pictures, P patches, M slots for positions, D channels.
 """
 
-from typing import Any
-
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from .._triton.launching import on_device
-from .._triton.rows import Cut, cut
-from .._triton.target import INTERPRETER, arch_of
+from .._triton.rows import OTHER_PROGRAMS, PROGRAMS, Cut, cut, row_arguments
+from .._triton.target import arch_of
 from ..precision import accumulate_dtype
 from .gather import gather_bwd_kernel, gather_fwd_kernel, gather_sums_kernel
 from .place import place_bwd_kernel, place_fwd_kernel, place_sums_kernel
@@ -26,28 +23,9 @@ FORWARD_WARPS = 1
 BACKWARD_WARPS = 4
 STAGES = 3
 
-PROGRAMS = {"sm_80": 216, "sm_90": 264, "sm_100": 296, "gfx942": 608, INTERPRETER: 3}
-"""Programs that a backward aims at: two for each multiprocessor of the largest GPU of that name.
-
-The order of its sums follows from it, so it is not asked of the GPU at hand, which may have fewer of them.
-"""
-OTHER_PROGRAMS = 264
-
 SUM_ROWS = 64
 """Partial sums that are added at a time."""
 SUM_CONFIG = {"COLS": 32, "num_warps": 4, "enable_fp_fusion": True}
-
-
-def _row_arguments(rows: Cut, width: int, dtype: torch.dtype, num_warps: int) -> dict[str, Any]:
-    return {
-        "D": width,
-        "MAIN": rows.main,
-        "TAIL": rows.tail,
-        "ROWS": rows.rows,
-        "ACC": tl.float64 if dtype is torch.float64 else tl.float32,
-        "num_warps": num_warps,
-        "enable_fp_fusion": True,
-    }
 
 
 def _slot_arguments(num_slots: int, rows: Cut) -> dict[str, int]:
@@ -90,7 +68,7 @@ def place_fwd(
             num_slots,
             PLACE=place,
             **_slot_arguments(num_slots, rows),
-            **_row_arguments(rows, width, out.dtype, FORWARD_WARPS),
+            **row_arguments(width, TILE, out.dtype, FORWARD_WARPS),
         )
 
 
@@ -132,7 +110,7 @@ def place_bwd(
             PLACE=place,
             STAGES=STAGES,
             **_slot_arguments(num_slots, rows),
-            **_row_arguments(rows, width, grad.dtype, BACKWARD_WARPS),
+            **row_arguments(width, TILE, grad.dtype, BACKWARD_WARPS),
         )
         if token_sums is not None or mask_sums is not None:
             num_columns = max(width, num_sums * width)
@@ -177,7 +155,7 @@ def gather_fwd(
             positions.shape[1],
             num_prefix_tokens,
             EPS=eps,
-            **_row_arguments(rows, x.shape[2], x.dtype, FORWARD_WARPS),
+            **row_arguments(x.shape[2], TILE, x.dtype, FORWARD_WARPS),
         )
 
 
@@ -217,7 +195,7 @@ def gather_bwd(
             rows_each,
             STAGES=STAGES,
             **_slot_arguments(num_slots, rows),
-            **_row_arguments(rows, width, x.dtype, BACKWARD_WARPS),
+            **row_arguments(width, TILE, x.dtype, BACKWARD_WARPS),
         )
         if weight_sums is not None or bias_sums is not None:
             gather_sums_kernel[(triton.cdiv(width, SUM_CONFIG["COLS"]), 2)](

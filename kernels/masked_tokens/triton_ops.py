@@ -105,12 +105,20 @@ def _empty_place(
     return source.new_empty((source.shape[0], num_tokens, source.shape[2]), dtype=dtype)
 
 
-def _place_forward(place: str, source: Tensor, *others: Any) -> Tensor:
+def _place_forward(
+    place: str,
+    source: Tensor,
+    cls_token: Tensor | None,
+    mask_token: Tensor | None,
+    pos_embed: Tensor | None,
+    positions: Tensor | None,
+    num_patches: int,
+) -> Tensor:
     from .launch import place_fwd
 
-    out = _empty_place(place, source, *others)
+    out = _empty_place(place, source, cls_token, mask_token, pos_embed, positions, num_patches)
     if out.numel():
-        place_fwd(place, source, *others, out)
+        place_fwd(place, source, cls_token, mask_token, pos_embed, positions, num_patches, out)
     return out
 
 

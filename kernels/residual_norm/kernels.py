@@ -13,8 +13,7 @@ and with the gradients of x_new and normed, xhat = (x_new - mean) * rstd and h =
     grad_gamma, grad_weight, grad_bias = (keep * y * grad_x).sum(0), (grad_normed * xhat).sum(0), grad_normed.sum(0)
 
 A pointer that is None leaves out what it stands for: gamma or keep a factor, weight the LayerNorm, a gradient itself.
-A row of D channels is two pieces, so that few lanes idle where D is no power of two: MAIN channels, the largest power
-of two that fits, and TAIL, a power of two that holds the others, or 0. Everything is computed in ACC.
+Rows are cut as in _triton/rows.py. Everything is computed in ACC.
 
 Not supported: rows that are not contiguous; 2^31 rows or more; bf16 in Triton's interpreter, which computes it wrongly.
 """
@@ -25,44 +24,7 @@ Not supported: rows that are not contiguous; 2^31 rows or more; bf16 in Triton's
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def load_channels(ptr, FIRST: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr):
-    """Channels FIRST to FIRST + SIZE of a vector [D], zeros past its end; 1 without a vector."""
-    if ptr is None:
-        values = tl.full((SIZE,), 1.0, ACC)
-    else:
-        channels = FIRST + tl.arange(0, SIZE)
-        values = tl.load(ptr + channels, mask=channels < D, other=0.0).to(ACC)
-    return values
-
-
-@triton.jit
-def tile_ptrs(ptr, rows, FIRST: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr):
-    # Rows in 64 bits, for there may be more than 2^31 numbers.
-    return ptr + rows.to(tl.int64)[:, None] * D + (FIRST + tl.arange(0, SIZE))[None, :]
-
-
-@triton.jit
-def inside_tile(inside, FIRST: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr):
-    return inside[:, None] & ((FIRST + tl.arange(0, SIZE)) < D)[None, :]
-
-
-@triton.jit
-def load_rows(ptr, rows, inside, FIRST: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr):
-    """Channels FIRST to FIRST + SIZE of these rows of [R, D], zeros outside of it; zeros without a tensor."""
-    if ptr is None:
-        values = tl.zeros((rows.shape[0], SIZE), ACC)
-    else:
-        mask = inside_tile(inside, FIRST, SIZE, D)
-        values = tl.load(tile_ptrs(ptr, rows, FIRST, SIZE, D), mask=mask, other=0.0).to(ACC)
-    return values
-
-
-@triton.jit
-def store_rows(ptr, rows, inside, values, FIRST: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr):
-    mask = inside_tile(inside, FIRST, SIZE, D)
-    tl.store(tile_ptrs(ptr, rows, FIRST, SIZE, D), values.to(ptr.dtype.element_ty), mask=mask)
+from .._triton.rows import centre, load_channels, load_rows, store_partial, store_rows, sum_partials
 
 
 @triton.jit
@@ -97,12 +59,6 @@ def add_branch(
     x_new = tl.where(branch == 0.0, x, x + branch).to(x_new_ptr.dtype.element_ty)
     store_rows(x_new_ptr, rows, inside, x_new, FIRST, SIZE, D)
     return x_new.to(ACC)
-
-
-@triton.jit
-def centre(x, mean, FIRST: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr):
-    """x - mean, and zeros in the channels past the last."""
-    return tl.where(((FIRST + tl.arange(0, SIZE)) < D)[None, :], x - mean[:, None], 0.0)
 
 
 @triton.jit
@@ -193,15 +149,6 @@ def store_branch_grads(
     return load_rows(y_ptr, rows, inside, FIRST, SIZE, D, ACC) * kept
 
 
-@triton.jit
-def store_partial(partial_ptr, sums, FIRST: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr):
-    """The row of this program in [programs, D]: what its rows sum to."""
-    if partial_ptr is not None:
-        channels = FIRST + tl.arange(0, SIZE)
-        ptrs = partial_ptr + tl.program_id(0).to(tl.int64) * D + channels
-        tl.store(ptrs, tl.sum(sums, axis=0), mask=channels < D)
-
-
 @triton.jit(do_not_specialize=["num_rows", "num_tokens", "rows_a_program"])
 def residual_bwd_kernel(
     grad_x_new_ptr,  # [R, D], or None for zeros
@@ -288,25 +235,14 @@ def residual_bwd_kernel(
                 y_ptr, grad_x_ptr, grad_y_ptr, grad_tail, keep, gamma_tail, rows, inside, MAIN, TAIL, D, ACC
             )
 
-    store_partial(gamma_sums_ptr, gamma_sums_main, 0, MAIN, D)
-    store_partial(weight_sums_ptr, weight_sums_main, 0, MAIN, D)
-    store_partial(bias_sums_ptr, bias_sums_main, 0, MAIN, D)
+    program = tl.program_id(0)
+    store_partial(gamma_sums_ptr, program, gamma_sums_main, 0, MAIN, D)
+    store_partial(weight_sums_ptr, program, weight_sums_main, 0, MAIN, D)
+    store_partial(bias_sums_ptr, program, bias_sums_main, 0, MAIN, D)
     if TAIL:
-        store_partial(gamma_sums_ptr, gamma_sums_tail, MAIN, TAIL, D)
-        store_partial(weight_sums_ptr, weight_sums_tail, MAIN, TAIL, D)
-        store_partial(bias_sums_ptr, bias_sums_tail, MAIN, TAIL, D)
-
-
-@triton.jit
-def sum_partials(partial_ptr, out_ptr, num_partials, D: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    if partial_ptr is not None:
-        channels = tl.program_id(0) * COLS + tl.arange(0, COLS)
-        sums = tl.zeros((ROWS, COLS), partial_ptr.dtype.element_ty)
-        for start in range(0, num_partials, ROWS):
-            rows = start + tl.arange(0, ROWS)
-            mask = (rows < num_partials)[:, None] & (channels < D)[None, :]
-            sums += tl.load(partial_ptr + rows[:, None] * D + channels[None, :], mask=mask, other=0.0)
-        tl.store(out_ptr + channels, tl.sum(sums, axis=0).to(out_ptr.dtype.element_ty), mask=channels < D)
+        store_partial(gamma_sums_ptr, program, gamma_sums_tail, MAIN, TAIL, D)
+        store_partial(weight_sums_ptr, program, weight_sums_tail, MAIN, TAIL, D)
+        store_partial(bias_sums_ptr, program, bias_sums_tail, MAIN, TAIL, D)
 
 
 @triton.jit(do_not_specialize=["num_partials"])

@@ -3,15 +3,14 @@
 B pictures, N tokens, R = B * N rows, D channels.
 """
 
-import functools
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from .._triton.target import INTERPRETER, arch_of
+from .._triton.launching import on_device
+from .._triton.rows import OTHER_PROGRAMS, PROGRAMS, cut, row_arguments
+from .._triton.target import arch_of
 from ..precision import accumulate_dtype
 from .kernels import residual_bwd_kernel, residual_fwd_kernel, residual_sums_kernel
 
@@ -22,51 +21,21 @@ FORWARD_WARPS = 1
 BACKWARD_WARPS = 4
 STAGES = 3
 
-PROGRAMS = {"sm_80": 216, "sm_90": 264, "sm_100": 296, "gfx942": 608, INTERPRETER: 3}
-"""Most programs of the backward: two for each multiprocessor of the largest GPU of that name (108, 132, 148, 304).
-
-The order of its sums follows from it, so it is not asked of the GPU at hand, which may have fewer of them.
-"""
-OTHER_PROGRAMS = 264
-
 SUM_CONFIG = {"ROWS": 64, "COLS": 32, "num_warps": 4, "enable_fp_fusion": True}
-
-
-class Tiles(NamedTuple):
-    """How a row of D channels is cut, and how many rows are taken at a time."""
-
-    main: int
-    tail: int
-    rows: int
-
-
-@functools.cache
-def tiles(width: int) -> Tiles:
-    """The largest power of two that fits the width, one that holds the rest or 0, and the rows that make a tile."""
-    main = 1 << (width.bit_length() - 1)
-    rest = width - main
-    tail = 1 << (rest - 1).bit_length() if rest else 0
-    return Tiles(main, tail, max(1, TILE // triton.next_power_of_2(width)))
 
 
 def rows_a_program(num_rows: int, width: int, arch: str) -> int:
     """Rows that each program of the backward sums: whole tiles, as even as PROGRAMS of them can be."""
-    rows = tiles(width).rows
+    rows = cut(width, TILE).rows
     return triton.cdiv(triton.cdiv(num_rows, PROGRAMS.get(arch, OTHER_PROGRAMS)), rows) * rows
 
 
 def _shared_arguments(x: Tensor, num_warps: int) -> dict[str, Any]:
-    cut = tiles(x.shape[2])
+    num_pictures, num_tokens, width = x.shape
     return {
-        "num_rows": x.shape[0] * x.shape[1],
-        "num_tokens": x.shape[1],
-        "D": x.shape[2],
-        "MAIN": cut.main,
-        "TAIL": cut.tail,
-        "ROWS": cut.rows,
-        "ACC": tl.float64 if x.dtype is torch.float64 else tl.float32,
-        "num_warps": num_warps,
-        "enable_fp_fusion": True,
+        "num_rows": num_pictures * num_tokens,
+        "num_tokens": num_tokens,
+        **row_arguments(width, TILE, x.dtype, num_warps),
     }
 
 
@@ -91,7 +60,7 @@ def residual_fwd(
     inputs = _contiguous(x, y, gamma, keep, weight, bias)
     shared = _shared_arguments(x, FORWARD_WARPS)
     grid = (triton.cdiv(shared["num_rows"], shared["ROWS"]),)
-    with torch.cuda.device_of(x):
+    with on_device(x.device):
         residual_fwd_kernel[grid](*inputs, x_new, normed, mean, rstd, EPS=eps, **shared)
 
 
@@ -120,7 +89,7 @@ def residual_bwd(
     wanted = (grad_gamma, grad_weight, grad_bias)
     dtype = accumulate_dtype(x_new.dtype)
     sums = [None if grad is None else x_new.new_empty(num_programs, width, dtype=dtype) for grad in wanted]
-    with torch.cuda.device_of(x_new):
+    with on_device(x_new.device):
         residual_bwd_kernel[(num_programs,)](
             *inputs,
             mean,

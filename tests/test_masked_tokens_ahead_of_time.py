@@ -1,0 +1,56 @@
+"""The kernels of masked pictures compiled for GPUs that are not here: what they take, and that RESOURCES.md says so."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+pytestmark = pytest.mark.xdist_group("ahead_of_time")  # so that one worker compiles, once
+
+PLACES = ("embed", "keep", "restore")
+ROWS = [f"{arch} {what} D=768 x=bf16" for arch in ("sm_80", "sm_90") for what in (*PLACES, "gather")]
+
+
+@pytest.fixture(scope="module")
+def checked():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "fused_beit.kernels.report", "--check", "--json", "--only", *ROWS]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def compiled(checked):
+    assert checked.stdout, checked.stderr
+    return [json.loads(line) for line in checked.stdout.splitlines()]
+
+
+def test_one_pass_forward_one_backward_and_one_over_the_partial_sums(compiled):
+    for row in ROWS:
+        kernel = "gather" if "gather" in row else "place"
+        found = [one["kernel"] for one in compiled if f"{one['arch']} {one['shape']}" == row]
+        assert found == [f"{kernel}_fwd_kernel", f"{kernel}_bwd_kernel", f"{kernel}_sums_kernel"]
+
+
+def test_no_register_is_kept_in_memory(compiled):
+    assert [row for row in compiled if row["stack"] or row["spills"]] == []
+
+
+def test_sums_have_an_order(compiled):
+    assert [row for row in compiled if row["atomics"]] == []
+
+
+def test_shared_memory_is_within_the_limit_of_sm_80(compiled):
+    assert max(row["shared"] for row in compiled) <= 163 * 1024
+
+
+def test_two_programs_of_the_backward_are_at_work_on_a_multiprocessor_at_once(compiled):
+    """As many as PROGRAMS counts on: fewer would leave the last ones for a second round."""
+    assert min(row["programs_a_processor"] for row in compiled if "_bwd_" in row["kernel"]) >= 2
+
+
+def test_the_table_says_what_is_compiled(checked):
+    assert checked.returncode == 0, checked.stderr
