@@ -19,6 +19,7 @@ from .timers import Run
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROWS = pytest.StashKey[list[Row]]()
 LIMITS = pytest.StashKey[dict[str, Any]]()
+FACTS = pytest.StashKey[dict[str, Any]]()
 JSON = pytest.StashKey[Path]()
 CASES_OF = {"full": "on_gpu" if DEVICE.type == "cuda" else "on_cpu", "smoke": "smoke"}
 ROUNDS = {"full": 30, "smoke": 15}
@@ -120,11 +121,12 @@ def sizes(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session", autouse=True)
 def limits(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """The machine's limits, measured before the first case."""
+    """The machine's limits, measured before the first case; its facts are those of that moment too."""
     if not request.config.getoption("--benchmark-only"):
         return {}
     measured = machine.limits(DEVICE, small=request.config.getoption("--sizes") == "smoke")
     request.config.stash[LIMITS] = measured
+    request.config.stash[FACTS] = machine.facts(DEVICE)
     return measured
 
 
@@ -174,14 +176,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "time_operator" not in metafunc.fixturenames:
         return
     cases = chosen_names(metafunc.config, "case", case_names(metafunc.config))
+    operators = metafunc.module.OPERATORS
     found = [
-        pytest.param((operator, case), direction, id=f"{operator.name}-{case.name}-{direction.replace(' ', '_')}")
-        for operator in metafunc.module.OPERATORS
+        pytest.param((operator, case), id=f"{operator.name}-{case.name}")
+        for operator in operators
         for case in cases_of(operator, metafunc.config)
         if case.name in cases
-        for direction in operator.directions
     ]
-    metafunc.parametrize(("checked", "direction"), found, indirect=["checked"], scope="module")
+    # The scope has a case checked once for all its directions, which are those of all operators of a file.
+    metafunc.parametrize("checked", found, indirect=True, scope="module")
+    directions = operators[0].directions
+    metafunc.parametrize("direction", directions, ids=[direction.replace(" ", "_") for direction in directions])
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +233,8 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     means = results.SMOKE if smoke else results.MEASURED
     for name in ("node", "release", "cpu"):
         machine_info.pop(name, None)
-    machine_info |= results.head(machine.facts(DEVICE), measured, means) | {"sizes": config.getoption("--sizes")}
+    facts = config.stash.get(FACTS, None) or machine.facts(DEVICE)
+    machine_info |= results.head(facts, measured, means) | {"sizes": config.getoption("--sizes")}
 
 
 def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: dict[str, Any]) -> None:

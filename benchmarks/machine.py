@@ -72,7 +72,7 @@ def sources() -> str:
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    """The machine and the code that is measured on it."""
+    """The machine and the code that is measured on it; `load` is the number of threads that wanted to run at once."""
     cuda = device.type == "cuda"
     measured = commit()
     capability = torch.cuda.get_device_capability(device) if cuda else ()
@@ -86,6 +86,7 @@ def facts(device: torch.device) -> dict[str, Any]:
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
         "python": platform.python_version(),
         "versions": {name: version for name in VERSIONS if (version := installed(name))},
         "commit": measured,

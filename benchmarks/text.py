@@ -81,6 +81,7 @@ def machine_lines(info: Mapping[str, Any]) -> list[str]:
     rates = ", ".join(f"{rate / 1e12:.4g} TFLOP/s in {dtype}" for dtype, rate in limits["flops_per_s_in"].items())
     return [
         f"{info['device']}{driver}, {threads(info)}, Python {info['python']}, {versions}",
+        f"load when it began: {info['load']:.1f} on {info['cores']} cores",
         f"commit {info['commit']}, kernels {info['sources']}",
         f"limits measured: {limits['bytes_per_s'] / 1e9:.4g} GB/s, {rates}; an empty run "
         f"{1e6 * limits['empty_run_s']:.1f} us",

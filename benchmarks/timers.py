@@ -114,15 +114,15 @@ def replay(run: Run) -> Run | None:
             result = work()
         return graph, result
 
-    other = torch.cuda.Stream()
+    other, current = torch.cuda.Stream(), torch.cuda.current_stream()
     try:
         # What a first run allocates or compiles must not happen in a capture.
-        other.wait_stream(torch.cuda.current_stream())
+        other.wait_stream(current)
         with torch.cuda.stream(other):
             for _ in range(2):
                 prepare(run)
                 run()
-        torch.cuda.current_stream().wait_stream(other)
+        current.wait_stream(other)
         if not isinstance(run, Staged):
             graph, _ = captured(run)
             return graph.replay
@@ -130,6 +130,7 @@ def replay(run: Run) -> Run | None:
         then, _ = captured(lambda: run.then(ready))
         return Staged(first.replay, lambda nothing: then.replay())
     except RuntimeError:
+        torch.cuda.set_stream(current)  # a capture that ends in an error may leave its own behind
         torch.cuda.synchronize()  # raises where the device is broken for all that would follow
         return None
 
