@@ -79,7 +79,7 @@ def compiled(inputs: Inputs) -> Work:
 
 def compile_for(device: torch.device, function: Function) -> Function:
     if device.type == "cpu":
-        raise AbsentError("compiled for GPUs only: on a CPU its compilation takes longer than all the rest")
+        raise AbsentError("compiled for GPUs only")
     return torch.compile(function, dynamic=False)
 
 
