@@ -122,7 +122,8 @@ def roofline(title: str, limits: Mapping[str, Any], works: Sequence[tuple[str, f
         if other is not None:
             drawing.dot(x(intensity), y(other), colour_of(i), filled=False)
         drawing.dot(x(intensity), y(ours), colour_of(i))
-    drawing.legend([name for name, *_ in works])
+        drawing.text(x(intensity) + 6, y(ours) - 5, str(i + 1), size=10)
+    drawing.legend([f"{i + 1}  {name}" for i, (name, *_) in enumerate(works)])
     return drawing.svg()
 
 

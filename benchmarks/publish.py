@@ -214,7 +214,8 @@ def readme_part(machines: Sequence[Machine], pictures: Mapping[str, Sequence[str
     lines: list[str] = []
     for machine in machines:
         info = machine.info
-        lines += [f"{info['device']}, {text.threads(info)}, torch {info['versions']['torch']}:", ""]
+        about = f"{info['device']}, {text.threads(info)}, torch {info['versions']['torch']}"
+        lines += [f"{about}; {text.load(info)}:", ""]
         lines += [*text.markdown(operator_table(machine)), ""]
         for name, benchmarks in machine.others():
             if name.startswith("train_step"):

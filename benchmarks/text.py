@@ -81,7 +81,7 @@ def machine_lines(info: Mapping[str, Any]) -> list[str]:
     rates = ", ".join(f"{rate / 1e12:.4g} TFLOP/s in {dtype}" for dtype, rate in limits["flops_per_s_in"].items())
     return [
         f"{info['device']}{driver}, {threads(info)}, Python {info['python']}, {versions}",
-        f"load when it began: {info['load']:.1f} on {info['cores']} cores",
+        load(info),
         f"commit {info['commit']}, kernels {info['sources']}",
         f"limits measured: {limits['bytes_per_s'] / 1e9:.4g} GB/s, {rates}; an empty run "
         f"{1e6 * limits['empty_run_s']:.1f} us",
@@ -90,6 +90,10 @@ def machine_lines(info: Mapping[str, Any]) -> list[str]:
 
 def threads(info: Mapping[str, Any]) -> str:
     return f"{info['threads']} thread{'' if info['threads'] == 1 else 's'}"
+
+
+def load(info: Mapping[str, Any]) -> str:
+    return f"load when it began: {info['load']:.1f} on {info['cores']} cores"
 
 
 def aligned(table: Table) -> list[str]:
