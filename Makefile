@@ -19,7 +19,7 @@ HAS_GPU := $(shell (nvidia-smi -L 2>/dev/null || ls /dev/nvidia0 2>/dev/null) | 
 CONSTRAINT := $(if $(HAS_GPU),,--constraint constraints-cpu.txt)
 INSTALL_INPUTS := setup.py pyproject.toml constraints-cpu.txt
 
-.PHONY: help .venv .venv-peers pretrain test test-all test-gpu test-peers lint kernel-report bench-smoke bench bench-gpu peers clean
+.PHONY: help .venv .venv-peers pretrain test test-all test-gpu test-peers lint kernel-report bench-smoke bench bench-gpu results peers clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | column -t -s '|'
@@ -69,8 +69,11 @@ build/triton-%: | .venv/installed
 bench-smoke: .venv/installed  ## every benchmark once at a small size; its times mean nothing
 	$(BIN)/pytest benchmarks/ --benchmark-only --sizes smoke $(ARGS)
 
-bench: .venv/installed  ## the benchmarks at full size
+bench: .venv/installed  ## the benchmarks at full size; ARGS=--keep-results writes them to benchmarks/results
 	$(BIN)/pytest benchmarks/ --benchmark-only $(ARGS)
+
+results: .venv/installed  ## RESULTS.md, the README's tables and the plots, from benchmarks/results; ARGS=--check compares
+	$(BIN)/python -m benchmarks.publish $(ARGS)
 
 # Needs torch and triton alone: the environment of .venv where there is one, else PYTHON where it has both, as machines
 # with a GPU come; where it has not, .venv is made. By hand, with no install, the same is

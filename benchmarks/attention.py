@@ -4,10 +4,9 @@ B pictures, H heads, N tokens, D channels of a head, R rows of the bias table. T
 are those of kernels/rel_pos_attention/README.md.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import NamedTuple
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,23 +15,21 @@ from fused_beit.kernels import expand_table, rel_pos_attention, scatter_table
 from fused_beit.kernels.rel_pos_attention.bias import num_relative_positions
 from fused_beit.kernels.testing import rel_pos_attention_inputs
 
+from .cases import BACKWARD, BOTH, FORWARD, Case, Function, Work, alike
 from .rounds import Outputs, check
-
-FORWARD, BOTH, BACKWARD = DIRECTIONS = ("forward", "forward and backward", "backward")
 
 
 @dataclass(frozen=True)
-class Case:
+class AttentionCase(Case):
     """Attention over a square window of side² patches and a CLS token, whose bias comes from a table."""
 
-    name: str
     batch: int
     num_heads: int
     side: int
     head_dim: int = 64
-    dtype: torch.dtype = torch.bfloat16
-    rehearsal: bool = False
-    """Whether Triton's interpreter may stand in for a GPU, whose times mean nothing."""
+
+    operator = "rel_pos_attention"
+    letters = {"B": "batch", "H": "num_heads", "N": "num_tokens", "D": "head_dim"}  # noqa: RUF012
 
     @property
     def window(self) -> tuple[int, int]:
@@ -42,49 +39,65 @@ class Case:
     def num_tokens(self) -> int:
         return self.side**2 + 1
 
-    def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.name}: B {self.batch}, H {self.num_heads}, N {self.num_tokens}, D {self.head_dim}, {dtype}"
-
     def flops(self, direction: str) -> int:
-        """FLOPs that the work demands, whatever a provider does: 2 a multiply-add, softmax not counted."""
+        """Softmax is not counted."""
         products = {FORWARD: 2, BACKWARD: 5, BOTH: 7}[direction]
         return 2 * products * self.batch * self.num_heads * self.num_tokens**2 * self.head_dim
 
     def bytes(self, direction: str) -> int:
-        """Bytes that must move, each tensor once in each of the two directions."""
         rows, squares = {FORWARD: (4, 1), BACKWARD: (8, 2), BOTH: (12, 3)}[direction]
         of_rows = self.batch * self.num_tokens * self.num_heads * self.head_dim
         return (rows * of_rows + squares * self.num_heads * self.num_tokens**2) * self.dtype.itemsize
 
-    def floor(self, direction: str, limits: Mapping[str, float]) -> float:
-        """Seconds that the machine's limits allow at best; forward and backward are two passes, each with its floor."""
-        if direction == BOTH:
-            return self.floor(FORWARD, limits) + self.floor(BACKWARD, limits)
-        return max(self.bytes(direction) / limits["bytes_per_s"], self.flops(direction) / limits["flops_per_s"])
+    def tensors(self, device: torch.device) -> dict[str, Tensor]:
+        made = AttentionInputs(self, device)
+        return {"qkv": made.qkv, "bias": made.bias}
+
+    def call(self, impl: str) -> Function:
+        return partial(rel_pos_attention, impl=impl)
+
+    def inputs(self, device: torch.device) -> Any:
+        return AttentionInputs(self, device)
+
+    def plain(self, inputs: Any) -> Work:
+        leaves = {"qkv": inputs.qkv, "bias": inputs.bias}
+        output = partial(rel_pos_attention, inputs.qkv, inputs.bias, impl="reference")
+        return Work(self, output, self.outputs, leaves, lambda number, output: inputs.grad_out)
+
+    def references(self, inputs: Any) -> Any:
+        return AttentionReferences(inputs)
 
 
 # In the order of their importance: a run that is short of time does the first ones.
 ON_GPU = (
-    Case("base", 128, 12, 14),
-    Case("n577", 32, 16, 24),
-    Case("n1025", 16, 16, 32),
-    Case("large", 128, 16, 14),
-    Case("base-64", 64, 12, 14),
-    Case("base-256", 256, 12, 14),
+    AttentionCase("base", 128, 12, 14),
+    AttentionCase("n577", 32, 16, 24),
+    AttentionCase("n1025", 16, 16, 32),
+    AttentionCase("large", 128, 16, 14),
+    AttentionCase("base-64", 64, 12, 14),
+    AttentionCase("base-256", 256, 12, 14),
 )
-ON_CPU = (Case("cpu", 8, 12, 14), Case("cpu-fp32", 8, 12, 14, dtype=torch.float32))
-SMOKE = (Case("tiny", 2, 2, 4, 16), Case("tiny-fp32", 2, 2, 4, 16, torch.float32))
+# In fp32, for many processors multiply bf16 a hundred times slower. With few heads, as of a tiny model, more tokens and
+# more pictures, to see how the cost grows.
+ON_CPU = (
+    AttentionCase("cpu", 2, 12, 14, dtype=torch.float32),
+    *(
+        AttentionCase(f"cpu-{name}", batch, 3, side, dtype=torch.float32)
+        for name, batch, side in (("1", 1, 14), ("n577", 1, 24), ("n1025", 1, 32), ("4", 4, 14), ("8", 8, 14))
+    ),
+)
+SMOKE = (AttentionCase("tiny", 2, 2, 4, 16), AttentionCase("tiny-fp32", 4, 4, 7, 32, dtype=torch.float32))
 REHEARSAL = tuple(
     replace(case, batch=2, num_heads=1, side=4 + extra, head_dim=16, dtype=torch.float16, rehearsal=True)
     for extra, case in enumerate(ON_GPU[:2])
 )
+NO_BIAS = "no bias"
 
 
-class Inputs:
+class AttentionInputs:
     """Tensors of a case, made once for all providers; those that get a gradient are leaves."""
 
-    def __init__(self, case: Case, device: torch.device, batch: int | None = None) -> None:
+    def __init__(self, case: AttentionCase, device: torch.device, batch: int | None = None) -> None:
         self.case, self.device = case, device
         self.batch = batch or case.batch
         shape = (self.batch, case.num_tokens, case.num_heads, case.head_dim)
@@ -121,13 +134,13 @@ class Results(NamedTuple):
     exact: Outputs
 
 
-class References:
+class AttentionReferences:
     """What providers are held to. Where eager torch does not fit into memory, on fewer pictures than the case has."""
 
     CHUNK = 2**25
     """Scores of which the float64 reference holds a few at a time."""
 
-    def __init__(self, inputs: Inputs) -> None:
+    def __init__(self, inputs: AttentionInputs) -> None:
         self.inputs = inputs
         self.found: dict[bool, Results] = {}
         while True:
@@ -138,7 +151,7 @@ class References:
                 if self.inputs.batch == 1:
                     raise
             torch.cuda.empty_cache()
-            self.inputs = Inputs(inputs.case, inputs.device, batch=-(-self.inputs.batch // 4))
+            self.inputs = AttentionInputs(inputs.case, inputs.device, batch=-(-self.inputs.batch // 4))
 
     def compute(self, with_bias: bool) -> Results:
         inputs = self.inputs
@@ -157,14 +170,21 @@ class References:
                 results["grad table"] = scatter_table(grad, inputs.case.window, dtype=dtype, impl="reference")
         return Results(eager, exact)
 
-    def check(self, name: str, found: Outputs, *, with_bias: bool) -> dict[str, float]:
+    @property
+    def pictures(self) -> int:
+        """How many the results are checked on."""
+        return self.inputs.batch
+
+    def check(self, name: str, found: Outputs, variant: str) -> dict[str, float]:
         """The relative errors of what a provider found. Raises AssertionError where one breaks the house's rule."""
+        with_bias = variant != NO_BIAS
         if with_bias not in self.found:
             self.found[with_bias] = self.compute(with_bias)
         eager, exact = self.found[with_bias]
-        # A provider that keeps the sum over the pictures in fp32 is held to what eager torch has in there.
-        alike = {key: eager[key].to(found[key].dtype) for key in found}
-        return check(name, found, alike, {key: exact[key] for key in found}, self.inputs.case.dtype)
+        # The table's gradient comes from the bias's or instead of it.
+        missing = exact.keys() - found.keys() - {"grad bias", "grad table"}
+        assert not missing, f"{name} does not give {', '.join(missing)}"
+        return check(name, found, alike(eager, found), {key: exact[key] for key in found}, self.inputs.case.dtype)
 
 
 def leaf(tensor: Tensor) -> Tensor:

@@ -1,15 +1,13 @@
 """Who computes attention with the shared bias: ours, other tiles of ours, what people would use instead, and bounds.
 
-A bound is faster work that is not the same: attention without the bias, or with one that gets no gradient.
+The bounds are attention without the bias, or with one that gets no gradient.
 """
 
 import contextlib
-import os
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,75 +18,45 @@ from fused_beit.kernels import SharedBias, attention_plan, rel_pos_attention, re
 from fused_beit.kernels._triton.target import arch_of
 from fused_beit.kernels.rel_pos_attention.plan import Plan, Tile, pinned
 
-from .attention import BACKWARD, BOTH, FORWARD, Inputs, heads_apart, leaf
+from .attention import NO_BIAS, ON_CPU, ON_GPU, REHEARSAL, SMOKE, AttentionInputs, heads_apart, leaf
+from .cases import Work
+from .providers import BOUND, CANDIDATE, OURS, PEER, Operator, Provider, compile_for, refuse_the_interpreter, what_runs
 from .rounds import AbsentError, Outputs
-from .timers import Run, Staged
-
-OURS, CANDIDATE, PEER, BOUND = "ours", "candidate", "peer", "bound"
 
 
 @dataclass(frozen=True)
-class Work:
-    """One provider's attention on the inputs of a case."""
+class AttentionWork(Work):
+    """Work whose gradient of the bias may be added to a buffer instead."""
 
-    call: Callable[[], Tensor]
-    leaves: dict[str, Tensor]
-    """What gets a gradient, by name: qkv or q, k, v; bias or table."""
-    grad_out: Tensor
     buffer: Tensor | None = None
-    """Where the gradient of the bias is added instead."""
-    around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
-    """Holds while it runs, forward and backward."""
-    plan: str = ""
-    """Kernels and tiles, where they are ours."""
 
-    def forward(self) -> Tensor:
+    def backward(self, output: Any) -> tuple[Tensor | None, ...]:
         with self.around():
-            return self.call()
-
-    def backward(self, output: Tensor) -> tuple[Tensor | None, ...]:
-        unused = self.buffer is not None
-        with self.around():
-            return torch.autograd.grad(output, tuple(self.leaves.values()), self.grad_out, allow_unused=unused)
-
-    def both(self) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        output = self.forward()
-        return output, self.backward(output)
-
-    def run(self, direction: str) -> Run:
-        """A new run, to be timed."""
-        runs = {FORWARD: lambda: self.forward(), BOTH: lambda: self.both()}
-        return Staged(self.forward, self.backward) if direction == BACKWARD else runs[direction]
+            return self._grads(output, allow_unused=self.buffer is not None)
 
     def results(self) -> Outputs:
-        """All that is checked, in the shapes of the reference."""
-        if self.buffer is not None:
-            self.buffer.zero_()
-        output, grads = self.both()
-        found = {f"grad {name}": grad for name, grad in zip(self.leaves, grads, strict=True)}
-        if self.buffer is not None:
-            assert found["grad bias"] is None, "the gradient of the bias went to autograd and not only into the buffer"
-            found["grad bias"] = self.buffer.clone()
-        if "q" in self.leaves:
-            parts = [found.pop(f"grad {name}") for name in "qkv"]
-            found["grad qkv"] = torch.stack(parts).permute(1, 3, 0, 2, 4)
-            output = output.transpose(1, 2).flatten(2)
-        return {"output": output.detach(), **found}
+        if self.buffer is None:
+            return super().results()
+        self.buffer.zero_()
+        found = dict(super().results())
+        assert found["grad bias"] is None, "the gradient of the bias went to autograd and not only into the buffer"
+        return found | {"grad bias": self.buffer.clone()}
 
 
-class Provider(NamedTuple):
-    """How it is called in tables, what it is, and how it is made for a case."""
-
-    kind: str
-    about: str
-    make: Callable[[Inputs], Work]
-    """Raises AbsentError or ImplUnavailable where it cannot run."""
-    with_bias: bool = True
+def attention_work(
+    inputs: AttentionInputs,
+    call: Callable[[], Tensor],
+    leaves: dict[str, Tensor],
+    grad_out: Tensor | None = None,
+    **options: Any,
+) -> AttentionWork:
+    grad_out = inputs.grad_out if grad_out is None else grad_out
+    return AttentionWork(inputs.case, call, inputs.case.outputs, leaves, lambda number, output: grad_out, **options)
 
 
 def packed(
     impl: str,
-    inputs: Inputs,
+    inputs: AttentionInputs,
     *,
     bias: Tensor | None = None,
     rounded_bias: Tensor | None = None,
@@ -96,7 +64,7 @@ def packed(
     **options: Any,
 ) -> Work:
     """`rel_pos_attention` by one of its implementations, on qkv as the linear gives it."""
-    resolve("rel_pos_attention", impl, inputs.device)
+    plan = what_runs(inputs.case, impl, inputs.device)
     bias = inputs.bias if bias is None else bias
 
     def attend(qkv: Tensor, bias: Tensor) -> Tensor:
@@ -104,14 +72,14 @@ def packed(
         return rel_pos_attention(qkv, shared, impl=impl, **options)
 
     if compiled:
-        if inputs.device.type == "cpu":
-            raise AbsentError("compiled for GPUs only")
-        attend = torch.compile(attend, dynamic=False)
+        attend = compile_for(inputs.device, attend)
     leaves = {"qkv": inputs.qkv, "bias": bias}
-    return Work(lambda: attend(inputs.qkv, bias), leaves, inputs.grad_out, options.get("accumulate_into"))
+    return attention_work(
+        inputs, lambda: attend(inputs.qkv, bias), leaves, buffer=options.get("accumulate_into"), plan=plan
+    )
 
 
-def apart(inputs: Inputs, bias: Tensor | None, backend: SDPBackend | None = None) -> Work:
+def apart(inputs: AttentionInputs, bias: Tensor | None, backend: SDPBackend | None = None) -> Work:
     """torch's own attention on q, k, v that are contiguous each, as no model has them but every benchmark does."""
     q, k, v = inputs.apart
     mask = None if bias is None else bias[None]
@@ -121,10 +89,17 @@ def apart(inputs: Inputs, bias: Tensor | None, backend: SDPBackend | None = None
         with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-    return Work(call, leaves, heads_apart(inputs.grad_out, inputs.case.num_heads))
+    def arrange(found: Outputs) -> Outputs:
+        parts = [found[f"grad {name}"] for name in "qkv"]
+        others = {name: value for name, value in found.items() if name not in ("grad q", "grad k", "grad v")}
+        output = found["output"].transpose(1, 2).flatten(2)
+        return others | {"output": output, "grad qkv": torch.stack(parts).permute(1, 3, 0, 2, 4)}
+
+    grad_out = heads_apart(inputs.grad_out, inputs.case.num_heads)
+    return attention_work(inputs, call, leaves, grad_out, arrange=arrange)
 
 
-def flex_table(inputs: Inputs) -> Work:
+def flex_table(inputs: AttentionInputs) -> Work:
     """FlexAttention that looks the bias up in its table: no [H, N, N] at all, and the gradient is the table's."""
     resolve("rel_pos_attention", "flex", inputs.device)
     if inputs.device.type == "cpu":
@@ -141,11 +116,11 @@ def flex_table(inputs: Inputs) -> Work:
         q, k, v = inputs.qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return attend(q, k, v, score_mod=add_bias).transpose(1, 2).flatten(2)
 
-    return Work(call, {"qkv": inputs.qkv, "table": table}, inputs.grad_out)
+    return attention_work(inputs, call, {"qkv": inputs.qkv, "table": table})
 
 
 def ours(
-    inputs: Inputs,
+    inputs: AttentionInputs,
     change: Callable[[Plan], Plan] | None = None,
     workspace: int | None = None,
     accumulate: bool = False,
@@ -153,8 +128,7 @@ def ours(
     deterministic: bool = True,
 ) -> Work:
     """The Triton kernels, as they are or by another plan, or with a workspace of so many bytes."""
-    if inputs.device.type == "cpu" and not inputs.case.rehearsal:
-        raise AbsentError("on a CPU Triton runs only in its interpreter, whose times say nothing")
+    refuse_the_interpreter(inputs.case, inputs.device)
     options: dict[str, Any] = {"deterministic": deterministic}
     if accumulate:
         options["accumulate_into"] = torch.zeros(inputs.bias.shape, dtype=torch.float32, device=inputs.device)
@@ -180,7 +154,7 @@ def ours(
     return replace(work, around=around, plan=str(plan))
 
 
-def default_plan(inputs: Inputs) -> Plan:
+def default_plan(inputs: AttentionInputs) -> Plan:
     """What the kernels do by themselves; in a rehearsal, what they would do on an H100 with 197 tokens."""
     case = inputs.case
     if case.rehearsal:
@@ -205,7 +179,7 @@ def workspace_of(size: int) -> Iterator[None]:
         launch.WORKSPACE_BYTES = before
 
 
-def forward_by(*tile: int) -> Callable[[Inputs], Work]:
+def forward_by(*tile: int) -> Callable[[AttentionInputs], Work]:
     return partial(ours, change=lambda plan: plan._replace(forward=Tile(*tile)))
 
 
@@ -229,6 +203,7 @@ PROVIDERS = {
     "triton-shared": Provider(OURS, "an fp32 bias, rounded before: as layers share it", partial(ours, shared=True)),
     "triton-accumulate": Provider(OURS, "accumulate_into", partial(ours, accumulate=True)),
     **CANDIDATES,
+    "auto": Provider(OURS, "what runs where nothing is asked for", partial(packed, "auto")),
     "sdpa": Provider(PEER, "torch's, on qkv, rows of the bias aligned", partial(packed, "sdpa")),
     "sdpa-unaligned": Provider(
         PEER, "the same, rows not aligned", lambda inputs: packed("sdpa", inputs, bias=inputs.unaligned_bias)
@@ -238,7 +213,7 @@ PROVIDERS = {
         BOUND,
         "torch's flash kernel, on contiguous q, k, v, without a bias",
         lambda inputs: apart(inputs, None, SDPBackend.FLASH_ATTENTION),
-        with_bias=False,
+        variant=NO_BIAS,
     ),
     "cudnn-frozen-bias": Provider(
         BOUND,
@@ -252,23 +227,5 @@ PROVIDERS = {
     "flex-table": Provider(PEER, "FlexAttention, bias from the table", flex_table),
 }
 
-
-def planted_wrong(inputs: Inputs) -> Work:
-    return packed("reference", inputs, bias=(inputs.bias.detach() * 0.9).requires_grad_())
-
-
-def planted_out_of_memory(inputs: Inputs) -> Work:
-    raise torch.OutOfMemoryError("planted: tried to allocate what there is not")
-
-
-def planted_crash(inputs: Inputs) -> Work:
-    os.kill(os.getpid(), signal.SIGKILL)
-    raise AssertionError("unreachable")
-
-
-PLANTED = {
-    "planted-wrong": Provider(OURS, "a wrong result, which must be noticed", planted_wrong),
-    "planted-out-of-memory": Provider(PEER, "no memory, which must be recorded", planted_out_of_memory),
-    "planted-crash": Provider(PEER, "the end of its process, which others must survive", planted_crash),
-}
-"""For rehearsals, which show with them that failures are found and survived."""
+OPERATOR = Operator("rel_pos_attention", PROVIDERS, ON_GPU, ON_CPU, SMOKE, REHEARSAL, written_out="sdpa-apart")
+OPERATORS = (OPERATOR,)

@@ -51,9 +51,17 @@ def output_of(*command: str) -> str:
     return shown.stdout.strip() if shown.returncode == 0 else ""
 
 
+# What a result depends on. Results, pages and plots made from them may differ from the commit without harm.
+MEASURED = ("kernels", "engine", "ds_configs", "benchmarks/*.py", "setup.py", "pyproject.toml")
+
+
 def commit() -> str:
-    """The commit that is measured, marked where files differ from it."""
-    return output_of("git", "describe", "--always", "--dirty") or "unknown"
+    """The commit that is measured, marked where files that are measured differ from it."""
+    name = output_of("git", "rev-parse", "--short=12", "HEAD")
+    if not name:
+        return "unknown"
+    changed = output_of("git", "status", "--porcelain", "--", *MEASURED)
+    return f"{name}-dirty" if changed else name
 
 
 def sources() -> str:
@@ -64,7 +72,7 @@ def sources() -> str:
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    """The machine and the code that is measured on it."""
+    """The machine and the code that is measured on it; `load` is the number of threads that wanted to run at once."""
     cuda = device.type == "cuda"
     measured = commit()
     capability = torch.cuda.get_device_capability(device) if cuda else ()
@@ -78,6 +86,7 @@ def facts(device: torch.device) -> dict[str, Any]:
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
         "python": platform.python_version(),
         "versions": {name: version for name in VERSIONS if (version := installed(name))},
         "commit": measured,
@@ -86,22 +95,35 @@ def facts(device: torch.device) -> dict[str, Any]:
     }
 
 
-def limits(device: torch.device) -> dict[str, float]:
-    """Measured: bytes/s of a large copy, FLOP/s of a large bf16 product (fp32 on a CPU), seconds of an empty run."""
+def limits(device: torch.device, *, small: bool = False) -> dict[str, Any]:
+    """Measured: what the machine can do at best.
+
+    bytes_per_s:    of a copy that no cache holds, reads and writes counted
+    flops_per_s:    of a large product in bf16, on a CPU in fp32
+    flops_per_s_in: the same by dtype; on a CPU fp32 alone, for some take minutes for a product in half precision
+    empty_run_s:    what the timer gives for nothing
+    small:          smaller products and copies, for a rehearsal
+    """
     cuda = device.type == "cuda"
-    side, size, rounds = (8192, 2**30, 20) if cuda else (256, 2**22, 5)
+    side, size, rounds = (8192, 2**30, 20) if cuda else (256, 2**22, 5) if small else (1024, 2**28, 7)
+    dtypes = (torch.bfloat16, torch.float32) if cuda else (torch.float32,)
     timer = device_timer(device)
     source = torch.zeros(size, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    factor = torch.randn(side, side, device=device, dtype=torch.bfloat16 if cuda else torch.float32)
-    product = torch.empty_like(factor)
 
     def seconds(run: Any) -> float:
         run_once(run)
         return median(timer(run) for _ in range(rounds))
 
+    def product_rate(dtype: torch.dtype) -> float:
+        factor = torch.randn(side, side, device=device, dtype=dtype)
+        product = torch.empty_like(factor)
+        return 2 * side**3 / seconds(lambda: torch.mm(factor, factor, out=product))
+
+    rates = {str(dtype).removeprefix("torch."): product_rate(dtype) for dtype in dtypes}
     return {
         "bytes_per_s": 2 * size / seconds(lambda: target.copy_(source)),
-        "flops_per_s": 2 * side**3 / seconds(lambda: torch.mm(factor, factor, out=product)),
+        "flops_per_s": next(iter(rates.values())),
+        "flops_per_s_in": rates,
         "empty_run_s": seconds(lambda: None),
     }

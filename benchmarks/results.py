@@ -1,77 +1,144 @@
-"""Results of one machine as a JSON file with all that a reader needs, and the same as text."""
+"""Results of one machine as JSON files, one a subject, in pytest-benchmark's format with what it does not know of.
+
+`pytest-benchmark compare FILES` reads them, and `benchmarks.publish` makes the pages from them. Beside that format:
+
+    machine_info   the facts of `machine`, its measured `limits`, `format` and `means`
+    extra_info     of each benchmark: `case`, `providers` with a row each, and for operators what `measuring.about` says
+    failed         what should have run and did not
+    finished       whether the run came to its end
+"""
 
 import json
 import os
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-NOTHING = "nothing: a rehearsal with tiny shapes on a processor"
+FORMAT = 1
+"""Raised whenever older files would be misread."""
 MEASURED = "measured"
+NOTHING = "nothing: a rehearsal with tiny shapes on a processor"
+SMOKE = "nothing: smoke sizes, which only show that the benchmarks run"
+
+Document = dict[str, Any]
 
 
-def write(document: dict[str, Any], folder: Path, name: str) -> None:
-    """`name`.json and `name`.txt; a reader never sees half of either."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for path, text in {
-        folder / f"{name}.json": json.dumps(document, indent=1) + "\n",
-        folder / f"{name}.txt": "\n".join(as_text(document)) + "\n",
-    }.items():
-        part = path.with_name(f"{path.name}.part")
-        part.write_text(text)
-        os.replace(part, path)
+def head(facts: Mapping[str, Any], limits: Mapping[str, Any], means: str) -> dict[str, Any]:
+    """What `machine_info` holds of ours."""
+    return {**facts, "limits": dict(limits), "means": means, "format": FORMAT}
 
 
-def load(path: Path) -> dict[str, Any]:
-    """The one way to read results that are to be published. Raises ValueError for those that mean nothing."""
-    document = json.loads(path.read_text())
-    if (means := document.get("means")) != MEASURED:
-        raise ValueError(f"{path}: these numbers are not for publishing; they mean {means}")
-    return document
+def document(machine_info: dict[str, Any], benchmarks: Sequence[dict[str, Any]]) -> Document:
+    """The same document as pytest-benchmark's, where that is not installed."""
+    commit = machine_info["commit"]
+    return {
+        "machine_info": machine_info,
+        "commit_info": {"id": commit, "dirty": machine_info["dirty"], "project": "fused-beit"},
+        "benchmarks": list(benchmarks),
+        "datetime": datetime.now(UTC).isoformat(),
+        "version": f"fused-beit format {FORMAT}",
+    }
 
 
-def as_text(document: dict[str, Any]) -> list[str]:
-    """The results for people: machine, limits, a table for each case and direction, targets."""
-    machine, limits = document["machine"], document["limits"]
-    lines = [] if document["means"] == MEASURED else [f"THESE NUMBERS MEAN {document['means'].upper()}", ""]
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    lines += [
-        f"{machine['device']}, driver {machine['driver']}, {versions}",
-        f"commit {machine['commit']}, kernels {machine['sources']}",
-        f"limits measured: {limits['bytes_per_s'] / 1e12:.3g} TB/s, {limits['flops_per_s'] / 1e12:.4g} TFLOP/s; "
-        f"an empty run {1e6 * limits['empty_run_s']:.1f} us",
-        f"{document['seconds']:.0f} s in all, {'finished' if document['finished'] else 'NOT FINISHED'}",
-    ]
-    for case, about in document["cases"].items():
-        for direction in dict.fromkeys(row["direction"] for row in document["rows"] if row["case"] == case):
-            rows = [row for row in document["rows"] if (row["case"], row["direction"]) == (case, direction)]
-            lines += ["", f"{about['shape']}, {direction}", *case_table(rows)]
-    lines += ["", "targets"]
-    for target in document["targets"]:
-        value = "" if target["value"] is None else f"{target['value']:.4g} {target['unit']}"
-        lines.append(f"  {target['verdict']:13} {target['target']:56} {value:>10}  wanted {target['wanted']}")
-    lines += ["", *(f"FAILED {failure}" for failure in document["failed"])]
-    return lines
+def entry(subject: str, name: str, extra_info: dict[str, Any], seconds: Sequence[float]) -> dict[str, Any]:
+    """One benchmark as pytest-benchmark would write it; `seconds` are those of the first provider."""
+    param = name.partition("[")[2].removesuffix("]") or None
+    made = {
+        "group": None,
+        "name": name,
+        "fullname": f"benchmarks/bench_{subject}.py::{name}",
+        "params": None,
+        "param": param,
+        "extra_info": extra_info,
+        "options": {},
+    }
+    if seconds:
+        several = len(seconds) > 1
+        q1, median, q3 = statistics.quantiles(seconds, n=4, method="inclusive") if several else [seconds[0]] * 3
+        mean = statistics.mean(seconds)
+        spread = statistics.stdev(seconds) if several else 0.0
+        low, high = q1 - 1.5 * (q3 - q1), q3 + 1.5 * (q3 - q1)
+        outside = sum(not low <= value <= high for value in seconds)
+        far = sum(abs(value - mean) > spread for value in seconds)
+        made["stats"] = {
+            "min": min(seconds),
+            "max": max(seconds),
+            "mean": mean,
+            "stddev": spread,
+            "rounds": len(seconds),
+            "median": median,
+            "iqr": q3 - q1,
+            "q1": q1,
+            "q3": q3,
+            "iqr_outliers": outside,
+            "stddev_outliers": far,
+            "outliers": f"{far};{outside}",
+            "ld15iqr": min(value for value in seconds if value >= low),
+            "hd15iqr": max(value for value in seconds if value <= high),
+            "ops": 1 / mean,
+            "total": sum(seconds),
+            "data": list(seconds),
+            "iterations": 1,
+        }
+    return made
 
 
-COLUMNS = {"us": 9, "quartiles": 19, "over ours": 9, "GB/s": 6, "TFLOP/s": 7, "limit": 6, "extra MB": 8}
+def subject_of(benchmark: Mapping[str, Any]) -> str:
+    """Of a benchmark in benchmarks/bench_<subject>.py."""
+    return Path(benchmark["fullname"].partition("::")[0]).stem.removeprefix("bench_")
 
 
-def case_table(rows: list[dict[str, Any]]) -> list[str]:
-    """One line a provider; `*` where its time holds waits for the host."""
-    lines = [f"  {'provider':22} " + " ".join(f"{name:>{width}}" for name, width in COLUMNS.items())]
-    for row in rows:
-        if "median" not in row:
-            why = f"FAILED: {row['failed']}" if "failed" in row else row["absent"]
-            lines.append(f"  {row['provider']:22} {why}")
-            continue
-        q1, median, q3 = (1e6 * row[key] for key in ("q1", "median", "q3"))
-        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
-        extra = f"{row['extra_bytes'] / 1e6:.1f}" if "extra_bytes" in row else ""
-        mark = "*" if row["waits_for_host"] else ""
-        note = "" if row["kind"] != "bound" else "  a bound"
-        lines.append(
-            f"  {row['provider']:22} {f'{median:.1f}{mark}':>9} {f'{q1:.1f} to {q3:.1f}':>19} {ratio:>9} "
-            f"{row['gb_per_s']:6.0f} {row['tflop_per_s']:7.1f} {row['share_of_limit']:6.1%} {extra:>8}{note}"
+def write_subjects(whole: Document, folder: Path, failed: Mapping[str, Sequence[str]] | None = None) -> list[Path]:
+    """A file for each subject of a document, with what failed of it."""
+    subjects: dict[str, list[dict[str, Any]]] = {}
+    for benchmark in whole["benchmarks"]:
+        subjects.setdefault(subject_of(benchmark), []).append(benchmark)
+    paths = []
+    for subject, benchmarks in subjects.items():
+        paths.append(folder / f"{subject}.json")
+        about = {"benchmarks": benchmarks, "failed": list((failed or {}).get(subject, []))}
+        write(json.dumps(whole | about, indent=1) + "\n", paths[-1])
+    return paths
+
+
+def write(text: str, path: Path) -> None:
+    """A reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def load(path: Path) -> Document:
+    """The one way to read results that are to be published. Raises ValueError, in a sentence, for what is none."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        raise ValueError(f"{path}: this is no JSON; delete it or measure again") from None
+    info = found.get("machine_info", {}) if isinstance(found, dict) else {}
+    if info.get("format") != FORMAT:
+        raise ValueError(
+            f"{path}: results of format {info.get('format')}, and this version reads format {FORMAT}; measure again"
         )
-    return lines
+    if info["means"] != MEASURED:
+        raise ValueError(f"{path}: these numbers are not for publishing; they mean {info['means']}")
+    if info["commit"] == "unknown" or info["dirty"]:
+        raise ValueError(
+            f"{path}: results of commit {info['commit']}, which does not say what was measured; commit, then measure "
+            "again"
+        )
+    if not found.get("finished", True):
+        raise ValueError(f"{path}: the run that wrote this did not come to its end; measure again")
+    return found
+
+
+def rows_of(found: Document) -> Iterator[dict[str, Any]]:
+    """Every row of a document with its `case`, `provider` and, for operators, `operator`, `name`, `direction`."""
+    for benchmark in found["benchmarks"]:
+        extra = benchmark["extra_info"]
+        about = {key: extra[key] for key in ("case", "operator", "name", "direction") if key in extra}
+        for provider, row in extra.get("providers", {}).items():
+            yield about | {"provider": provider} | row

@@ -75,8 +75,8 @@ def check(name: str, outputs: Outputs, eager: Outputs, exact: Outputs, dtype: to
 
 
 def relative_error(actual: Tensor, exact: Tensor) -> float:
-    """Norm of the difference over the norm of the float64 result."""
-    return float((actual.double() - exact).norm() / exact.norm())
+    """Norm of the difference over the norm of the float64 result; of a result of zeros, the difference itself."""
+    return float((actual.double() - exact).norm() / (exact.norm() or 1))
 
 
 def every_round(others: Callable[[], None], first: Callable[[], None], rounds: int) -> None:
@@ -133,6 +133,28 @@ def time_in_turn(
         rows[name].ratio = statistics.median(seconds / baseline for seconds, baseline in pairs)
         rows[name].over = first
     return [*rows.values(), *(Row(case, name, absent=why) for name, why in (absent or {}).items())]
+
+
+SLOWER = 3.0
+"""How many times slower than eager torch, written out, ours may be in a smoke run on a processor.
+
+It is no claim of speed: at smoke sizes it says that nothing absurd has crept in, such as a check that copies, a default
+that became the slow one, or a loop in Python. What is measured of the claims stands in RESULTS.md.
+"""
+
+
+def hold_ratios(rows: Sequence[Row], ours: str, written_out: str, slower: float = SLOWER) -> None:
+    """Fail where ours takes more than `slower` times as long as another provider.
+
+    The fastest rounds are compared, for what else a machine does can only add to a time.
+    """
+    best = {row.provider: min(row.seconds) for row in rows if row.seconds}
+    if ours in best and written_out in best:
+        times = best[ours] / best[written_out]
+        assert times <= slower, (
+            f"{rows[0].case}: {ours} takes {times:.1f} times as long as {written_out}, more than the {slower:g} times "
+            "that a smoke run allows"
+        )
 
 
 def quartiles(seconds: Sequence[float]) -> tuple[float, float, float]:

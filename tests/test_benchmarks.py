@@ -24,18 +24,26 @@ def spoilt(make):
         return step
     return make_wrong
 """
-SPOIL_ATTENTION = """
+# The same for operators, whose providers make works; `code` spoils what the work's call gives.
+SPOIL_OPERATOR = """
 import dataclasses
+import time
 
 def pytest_collection_finish(session):
-    providers = session.items[0].module.PROVIDERS
-    right = providers["sdpa"]
-    providers["sdpa"] = right._replace(make=lambda inputs: spoilt(right.make(inputs)))
+    providers = session.items[0].module.OPERATORS[0].providers
+    right = providers["{provider}"]
+    providers["{provider}"] = right._replace(make=lambda inputs: spoilt(right.make(inputs)))
 
 def spoilt(work):
-    return dataclasses.replace(work, call=lambda: work.call() * 1.01)
+    def call():
+        found = work.call()
+        {code}
+        return found
+    return dataclasses.replace(work, call=call)
 """
 ATTENTION = "benchmarks/bench_rel_pos_attention.py"
+CODES = "benchmarks/bench_nearest_code.py"
+LOSS = "benchmarks/bench_token_loss.py"
 
 
 def run_benchmarks(root: Path, folder: Path, *arguments: str, plugin: str = "", absent: str = ""):
@@ -91,11 +99,29 @@ def test_a_peer_with_a_wrong_result_is_not_compared_with(root, tmp_path):
     assert timed == []
 
 
-def test_attention_with_a_wrong_result_is_not_timed(root, tmp_path):
-    shown, timed = run_benchmarks(root, tmp_path, ATTENTION, "-k", "fp32", plugin=SPOIL_ATTENTION)
+@pytest.mark.parametrize(
+    ("file", "provider", "code"),
+    [
+        (ATTENTION, "sdpa", "found = found * 1.01"),
+        (CODES, "matmul-max", "found = ((found[0] + 1) % 1024, found[1])"),
+        pytest.param(LOSS, "auto", "found = (found[0], found[1] * 1.05)", marks=pytest.mark.slow),
+    ],
+    ids=["attention", "index", "accuracy"],
+)
+def test_an_operator_with_a_wrong_result_is_not_timed(root, tmp_path, file, provider, code):
+    plugin = SPOIL_OPERATOR.format(provider=provider, code=code)
+    shown, timed = run_benchmarks(root, tmp_path, file, "-k", "fp32", plugin=plugin)
     assert shown.returncode == 1
+    assert f"{provider}: wrong result" in shown.stdout
     assert "exceeds" in shown.stdout
     assert timed == []
+
+
+def test_an_operator_that_became_slow_fails_the_smoke_run(root, tmp_path):
+    plugin = SPOIL_OPERATOR.format(provider="auto", code="time.sleep(0.05)")
+    shown, _ = run_benchmarks(root, tmp_path, CODES, "-k", "fp32", plugin=plugin)
+    assert shown.returncode == 1
+    assert "times as long as matmul-max, more than the 3 times" in shown.stdout
 
 
 def test_attention_is_compared_in_each_direction(root, tmp_path):

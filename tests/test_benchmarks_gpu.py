@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,26 +45,36 @@ def run(root, tmp_path):
 
 @pytest.fixture
 def rehearse(run, tmp_path):
-    """Run a rehearsal; returns the process, the JSON and its path."""
+    """Run a rehearsal; returns the process, the files by subject, and their folder."""
 
-    def rehearse(*arguments: str) -> tuple[subprocess.CompletedProcess, dict, Path]:
+    def rehearse(*arguments: str) -> tuple[subprocess.CompletedProcess, dict[str, dict], Path]:
         output = tmp_path / "output"
         shown = run("-m", "benchmarks.gpu", "--rehearse", "--output", str(output), *arguments)
-        (path,) = output.glob("*/attention.json")
-        assert path.with_suffix(".txt").read_text() in shown.stdout
-        return shown, json.loads(path.read_text()), path
+        (folder,) = output.iterdir()
+        assert (folder / "gpu.txt").read_text() in shown.stdout
+        return shown, {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}, folder
 
     return rehearse
+
+
+def rows_of(document: dict) -> dict[tuple[str, str], dict]:
+    """Rows by direction and provider."""
+    found = {}
+    for benchmark in document["benchmarks"]:
+        extra = benchmark["extra_info"]
+        found |= {(extra["direction"], provider): row for provider, row in extra["providers"].items()}
+    return found
 
 
 def test_a_rehearsal_survives_what_is_planted_and_times_the_rest(run, rehearse):
     planted = ["planted-wrong", "planted-out-of-memory", "planted-crash"]
     providers = "triton,triton-shared,triton-accumulate,triton-two-kernels,sdpa,flash-no-bias,xformers"
-    shown, document, path = rehearse("--cases", "base", "--providers", providers, "--plant", ",".join(planted))
+    choice = ("--operators", "rel_pos_attention", "--cases", "base", "--providers", providers)
+    shown, documents, folder = rehearse(*choice, "--plant", ",".join(planted))
     assert shown.returncode == 1, shown.stderr
+    document = documents["rel_pos_attention"]
     assert document["finished"]
-    assert document["cases"]["base"]["failed"]
-    rows = {(row["direction"], row["provider"]): row for row in document["rows"]}
+    rows = rows_of(document)
     for direction in ("forward", "forward and backward", "backward"):
         wrong, no_memory, crashed = [rows[direction, name] for name in planted]
         assert "exceeds" in wrong["failed"]
@@ -74,28 +85,52 @@ def test_a_rehearsal_survives_what_is_planted_and_times_the_rest(run, rehearse):
         for name in ("triton", "triton-shared", "triton-accumulate", "triton-two-kernels", "sdpa", "flash-no-bias"):
             assert rows[direction, name]["median"] > 0, f"{name}, {direction}"
     assert "tma family" in rows["forward", "triton"]["plan"]
-    assert [failure.split(":")[0] for failure in document["failed"]] == ["base, planted-wrong", "base, planted-crash"]
-    assert {target["verdict"] for target in document["targets"]} == {"rehearsed", "not measured"}
+    failures = [failure.split(":")[0] for failure in document["failed"]]
+    assert failures == [f"rel_pos_attention base, {name}" for name in ("planted-wrong", "planted-crash")]
     assert "MEAN NOTHING" in shown.stdout
+    assert "rehearsed" in shown.stdout
+    assert " held" not in shown.stdout
+    assert " missed" not in shown.stdout
 
+    path = folder / "rel_pos_attention.json"
     refused = run("-c", f"from pathlib import Path; from benchmarks.results import load; load(Path({str(path)!r}))")
     assert "are not for publishing" in refused.stderr
 
 
+def test_an_operator_is_rehearsed_beside_its_bound(rehearse):
+    names = "triton,cross-entropy-fp32,products"
+    shown, documents, _ = rehearse("--operators", "token_loss", "--providers", names)
+    assert shown.returncode == 0, shown.stderr
+    rows = rows_of(documents["token_loss"])
+    assert {direction for direction, _ in rows} == {"forward", "forward and backward"}
+    assert all(row["median"] > 0 for row in rows.values())
+    assert re.search(r"token_loss: over the time of its products +at most 1.25 x .* rehearsed", shown.stdout)
+
+
 @pytest.mark.slow
 def test_a_whole_rehearsal_goes_well(rehearse):
-    shown, document, _ = rehearse()
+    shown, documents, _ = rehearse()
     assert shown.returncode == 0, shown.stderr
-    assert document["failed"] == []
-    timed = {row["provider"] for row in document["rows"] if "median" in row}
+    timed = set()
+    for document in documents.values():
+        assert document["failed"] == []
+        for benchmark in document["benchmarks"]:
+            extra = benchmark["extra_info"]
+            assert extra["providers"]["triton"]["median"] > 0, extra["case"]
+            timed.add(extra["operator"])
+    assert len(timed) == 8
+    rows = rows_of(documents["rel_pos_attention"])
+    timed = {provider for (_, provider), row in rows.items() if "median" in row}
     assert {"triton-any-order", "triton-workspace-16", "sdpa-unaligned", "reference"} <= timed
 
 
 def test_what_is_not_begun_in_time_is_left_out(rehearse):
-    shown, document, _ = rehearse("--minutes", "0")
+    shown, documents, _ = rehearse("--minutes", "0")
     assert shown.returncode == 0, shown.stderr
-    assert {row["absent"] for row in document["rows"]} == {"not reached in the time given"}
-    assert {target["verdict"] for target in document["targets"]} == {"not measured"}
+    reasons = {row["absent"] for document in documents.values() for row in rows_of(document).values()}
+    assert reasons == {"not reached in the time given"}
+    assert len(documents) == 5
+    assert "rehearsed" not in shown.stdout
 
 
 def test_a_process_that_hangs_is_given_up(run, tmp_path):
@@ -109,6 +144,7 @@ def test_a_process_that_hangs_is_given_up(run, tmp_path):
 def test_wrong_options_get_one_sentence(run):
     wrong = {
         ("--rehearse", "--cases", "tiny"): "there is no case 'tiny'; there are: base, n577",
+        ("--operators", "softmax"): "there is no operator 'softmax'; there are: rel_pos_attention",
         ("--providers", "triton,spda"): "there is no provider 'spda'; there are: triton, triton-any-order",
         ("--plant", "planted-wrong"): "--plant is for --rehearse",
         ("--rehearse",): "--rehearse needs --output FOLDER",

@@ -1,4 +1,4 @@
-"""Attention measured: every provider of a case built and checked, then timed in each direction."""
+"""An operator measured: every provider of a case built and checked, then timed in each direction."""
 
 import gc
 import warnings
@@ -10,10 +10,10 @@ import torch
 
 from fused_beit.kernels import ImplUnavailable
 
-from .attention import Case, Inputs, References
-from .attention_providers import BOUND, PEER, Provider, Work
+from .cases import Case, Work
+from .providers import BOUND, PEER, Provider
 from .rounds import AbsentError, Drive, Outputs, Row, every_round, quartiles, time_in_turn
-from .timers import Run, device_timer, memory
+from .timers import Run, device_timer, memory, timed_by
 
 Told = Callable[[str], None]
 
@@ -29,8 +29,8 @@ class Checked:
     absent: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
-    pictures: int = 0
-    """How many the results were checked on."""
+    pictures: int | None = None
+    """How many the results were checked on, where that is not as many as there are."""
 
 
 def check_providers(
@@ -49,9 +49,14 @@ def check_providers(
     why_stop: why no more providers are tried, such as a lack of time; empty while there is no reason
     """
     checked = Checked(case, device, providers)
-    inputs = Inputs(case, device)
-    references = References(inputs)
-    checked.pictures = references.inputs.batch
+    try:
+        inputs = case.inputs(device)
+        references = case.references(inputs)
+    except torch.OutOfMemoryError as error:
+        why = f"out of memory, already for inputs and reference: {first_line(error)}"
+        checked.absent = dict.fromkeys(providers, why)
+        return checked
+    checked.pictures = references.pictures
     for name, provider in providers.items():
         if why := (broken or {}).get(name, ""):
             checked.failed[name] = why
@@ -64,7 +69,7 @@ def check_providers(
     return checked
 
 
-def try_provider(checked: Checked, name: str, provider: Provider, inputs: Inputs, references: References) -> None:
+def try_provider(checked: Checked, name: str, provider: Provider, inputs: Any, references: Any) -> None:
     """Add the provider's work to `checked`, or the reason why there is none."""
     found: Outputs | None = None
     with warnings.catch_warnings(record=True) as said:
@@ -87,10 +92,15 @@ def try_provider(checked: Checked, name: str, provider: Provider, inputs: Inputs
     if found is None:
         return
     try:
-        checked.errors[name] = references.check(name, found, with_bias=provider.with_bias)
+        checked.errors[name] = references.check(name, found, provider.variant)
         checked.works[name] = work
+    except torch.OutOfMemoryError as error:
+        checked.absent[name] = f"out of memory, for its reference: {first_line(error)}"
     except AssertionError as error:
-        checked.failed[name] = f"wrong result: {first_line(error)}"
+        if provider.inexact:
+            checked.absent[name] = f"not exact: {provider.inexact}; {first_line(error)}"
+        else:
+            checked.failed[name] = f"wrong result: {first_line(error)}"
 
 
 def time_providers(
@@ -98,17 +108,23 @@ def time_providers(
     direction: str,
     *,
     rounds: int,
-    limits: Mapping[str, float],
+    limits: Mapping[str, Any],
+    seconds: float = 60.0,
     drive: Drive = every_round,
 ) -> list[Row]:
-    """Rows of all providers in one direction."""
+    """Rows of all providers in one direction.
+
+    rounds:  how often each is timed, where that takes no longer than
+    seconds: in all; but five rounds, or `rounds` where that is less, in any case
+    limits:  of the machine, as `machine.limits` measures them
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # they were heard when the provider was tried
-        return _time_providers(checked, direction, rounds, limits, drive)
+        return _time_providers(checked, direction, rounds, limits, seconds, drive)
 
 
 def _time_providers(
-    checked: Checked, direction: str, rounds: int, limits: Mapping[str, float], drive: Drive
+    checked: Checked, direction: str, rounds: int, limits: Mapping[str, Any], seconds: float, drive: Drive
 ) -> list[Row]:
     case, device = checked.case, checked.device
     runs: dict[str, Run] = {}
@@ -125,6 +141,8 @@ def _time_providers(
     timer = device_timer(device)
     timed = []
     if runs:
+        a_round = sum(timer(run) for run in runs.values())
+        rounds = min(rounds, max(5, int(seconds / a_round)))
         timed = time_in_turn(label, runs, rounds=rounds, timer=timer, drive=drive, errors=checked.errors)
     waiting = {name for name, run in runs.items() if run in getattr(timer, "waits_for_host", ())}
     rows = {row.provider: row for row in timed}
@@ -137,11 +155,26 @@ def _time_providers(
             plan = checked.works[name].plan
             row.facts |= {"plan": plan} if plan else {}
             row.facts |= found[name] | rates(case, direction, quartiles(row.seconds)[1], limits)
-            row.facts |= {"checked_pictures": checked.pictures, "waits_for_host": name in waiting}
+            row.facts |= {"timed_by": timed_by(timer, runs[name])}
+            row.facts |= {"waits_for_host": True} if name in waiting else {}
+            row.facts |= {} if checked.pictures is None else {"checked_pictures": checked.pictures}
     return [rows[name] for name in checked.providers]
 
 
-def rates(case: Case, direction: str, seconds: float, limits: Mapping[str, float]) -> dict[str, Any]:
+def about(case: Case, direction: str) -> dict[str, Any]:
+    """What the results say of a case beside its rows."""
+    return {
+        "operator": case.operator,
+        "name": case.name,
+        "direction": direction,
+        "shape": case.shape,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "bytes": case.bytes(direction),
+        "flops": case.flops(direction),
+    }
+
+
+def rates(case: Case, direction: str, seconds: float, limits: Mapping[str, Any]) -> dict[str, Any]:
     """GB/s and TFLOP/s of the work that the case demands, and the share of what the machine's limits allow."""
     floor = case.floor(direction, limits)
     return {

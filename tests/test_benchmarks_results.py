@@ -1,0 +1,174 @@
+"""Results of benchmarks become pages, and nothing else does: not a rehearsal, a dirty tree or another format."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# A root of its own with results of one machine, published; then what `code` does there.
+PUBLISH = """
+import json
+from pathlib import Path
+from benchmarks import results
+from benchmarks.measuring import about
+from benchmarks.operators import OPERATORS
+from benchmarks.publish import BEGIN, END, main
+
+root = Path({folder!r})
+limits = {{"bytes_per_s": 1e10, "flops_per_s": 1e11, "flops_per_s_in": {{"float32": 1e11}}, "empty_run_s": 1e-6}}
+facts = {{"device": "Abacus", "gpu": None, "driver": None, "threads": 2, "load": 0.5, "cores": 2, "python": "3.11"}}
+facts |= {{"versions": {{"torch": "2"}}, "commit": "123456789abc", "dirty": False, "sources": "0"}}
+row = {{"median": 2e-3, "q1": 1e-3, "q3": 3e-3, "rounds": 5, "over": "auto", "errors": {{"output": 1e-7}}}}
+rates = {{"gb_per_s": 5.0, "tflop_per_s": 0.05, "share_of_limit": 0.25}}
+
+def one(operator, number, direction):
+    case = OPERATORS[operator].on_cpu[number]
+    rows = {{
+        "triton": {{"kind": "ours", "absent": "there is no GPU"}},
+        "auto": {{**row, **rates, "kind": "ours", "ratio": None, "over": "", "plan": "reference: no GPU"}},
+        "other": {{**row, **rates, "kind": "peer", "ratio": 1.25, "median": 2.5e-3}},
+    }}
+    extra = about(case, direction) | {{"case": f"{{case}}, {{direction}}", "providers": rows}}
+    return results.entry(operator, f"test_{{operator}}[{{case.name}}]", extra, [1e-3, 2e-3, 3e-3])
+
+extra = {{"case": "tiny", "GFLOP": 3.5, "providers": {{"ours": row | {{"ratio": None}}}}}}
+step = results.entry("train_step", "test_step", extra, [1.0])
+benchmarks = [one("rel_pos_attention", number, "forward and backward") for number in range(1, 6)]
+benchmarks += [one("nearest_code", 0, "forward"), step]
+whole = results.document(results.head(facts, limits, results.MEASURED), benchmarks)
+folder = root / "benchmarks" / "results" / "abacus"
+(root / "README.md").write_text(f"before\\n{{BEGIN}}\\nold\\n{{END}}\\nafter\\n")
+results.write_subjects(whole, folder)
+assert main([], root) == 0
+{code}
+"""
+
+
+@pytest.fixture
+def published(root, tmp_path):
+    """Publish results in a folder, run code there, and return what it printed."""
+
+    def published(code: str) -> subprocess.CompletedProcess:
+        script = PUBLISH.format(folder=str(tmp_path), code=code)
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", script]
+        return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
+
+    return published
+
+
+def test_the_pages_are_what_the_results_give(root):
+    command = [sys.executable, "-m", "benchmarks.publish", "--check"]
+    shown = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    assert shown.returncode == 0, shown.stderr
+
+
+def test_a_stale_table_plot_or_page_is_named(published, tmp_path):
+    shown = published(
+        """
+print(main(["--check"], root))
+readme = root / "README.md"
+right = readme.read_text()
+readme.write_text(right.replace("1.25", "9.25"))
+main(["--check"], root)
+readme.write_text(right.replace("before", "a person's own words"))
+print(main(["--check"], root))
+(folder / "left.svg").write_text("of results that are gone")
+(root / "benchmarks" / "RESULTS.md").unlink()
+print(main(["--check"], root))
+print(main([], root), main(["--check"], root), (folder / "left.svg").exists())
+"""
+    )
+    assert shown.stdout.split("\n")[1:] == ["0", "0", "1", "6 files are made from the results", "0 0 False", ""], shown
+    edited, gone = shown.stderr.splitlines()
+    assert edited == "error: not what the results give: README.md; run `make results`"
+    assert "benchmarks/RESULTS.md, benchmarks/results/abacus/left.svg" in gone
+    readme, page = (tmp_path / "README.md").read_text(), (tmp_path / "benchmarks" / "RESULTS.md").read_text()
+    assert readme.startswith("a person's own words\n")
+    assert readme.endswith("\nafter\n")
+    assert "old" not in readme
+    assert "| auto: reference | 2 | 25.0% | other | 1.25 |" in readme
+    assert "GFLOP 3.5" in page
+    assert "- triton: there is no GPU" in page
+    plots = {path.name for path in tmp_path.glob("benchmarks/results/abacus/*.svg")}
+    sizes = "rel_pos_attention-h3-d64-float32"
+    assert plots == {"roofline.svg", "train_step.svg", f"{sizes}-batch.svg", f"{sizes}-tokens.svg"}
+
+
+def test_results_that_mean_nothing_are_refused_in_a_sentence(published):
+    wrong = {
+        '{"format": 0}': "results of format 0, and this version reads format 1; measure again",
+        '{"dirty": True, "commit": "1-dirty"}': "results of commit 1-dirty, which does not say what was measured",
+        '{"means": results.NOTHING}': "they mean nothing: a rehearsal",
+        '{"means": results.SMOKE}': "they mean nothing: smoke sizes",
+    }
+    code = "path = folder / 'nearest_code.json'\nright = json.loads(path.read_text())\n"
+    for change in wrong:
+        code += f"path.write_text(json.dumps(right | {{'machine_info': right['machine_info'] | {change}}}))\n"
+        code += "assert main(['--check'], root) == main([], root) == 1\n"
+    code += "path.write_text(json.dumps(right | {'finished': False}))\nmain([], root)\n"
+    code += "path.write_text('half a fi')\nmain([], root)\n"
+    shown = published(code)
+    lines = shown.stderr.splitlines()
+    sentences = [sentence for sentence in wrong.values() for _ in range(2)]
+    sentences += ["did not come to its end", "is no JSON"]
+    assert shown.returncode == 0, shown.stderr
+    assert len(lines) == len(sentences)
+    for line, sentence in zip(lines, sentences, strict=True):
+        assert line.startswith("error: ")
+        assert "nearest_code.json: " in line
+        assert sentence in line
+
+
+def run_pytest(root: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "benchmarks/bench_nearest_code.py"]
+    command += ["--benchmark-only", *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--cases", "cpu-n576"), "there is no case 'cpu-n576'; there are: base"),
+        (("--providers", "triton,spda"), "there is no provider 'spda'; there are: after-norm"),
+        (("--keep-results", "--sizes", "smoke"), "smoke sizes mean nothing; keep their results in another folder"),
+        (
+            ("--keep-results", "--providers", "auto"),
+            "--keep-results keeps whole files of benchmarks; leave --providers",
+        ),
+    ],
+    ids=["case", "provider", "smoke", "a part"],
+)
+def test_a_wrong_option_gets_one_sentence(root, options, sentence):
+    shown = run_pytest(root, *options)
+    assert shown.returncode == pytest.ExitCode.USAGE_ERROR
+    assert shown.stderr.startswith("ERROR: ")
+    assert sentence.replace("there are: base", "there are: ") in shown.stderr
+
+
+def test_kept_results_are_pytest_benchmarks_own_and_name_no_machine(root, tmp_path):
+    shown = run_pytest(root, "--sizes", "smoke", "--keep-results", str(tmp_path))
+    assert shown.returncode == 0, shown.stdout[-3000:]
+    (path,) = tmp_path.glob("*/*.json")
+    assert path.name == "nearest_code.json"
+    document = json.loads(path.read_text())
+    info = document["machine_info"]
+    assert info["limits"]["bytes_per_s"] > 0
+    assert info["versions"]["torch"]
+    assert info["means"] != "measured"
+    assert not {"node", "release"} & info.keys()
+    assert str(root) not in path.read_text()
+    rows = document["benchmarks"][-1]["extra_info"]["providers"]
+    assert rows["auto"]["share_of_limit"] > 0
+    assert rows["auto"]["plan"].startswith("reference: ")
+
+    program = shutil.which("pytest-benchmark", path=str(Path(sys.executable).parent))
+    compared = subprocess.run([program, "compare", str(path)], capture_output=True, text=True, timeout=60)
+    assert compared.returncode == 0, compared.stderr
+    assert "test_nearest_code[nearest_code-tiny-fp32-forward]" in compared.stdout
