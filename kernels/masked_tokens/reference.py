@@ -12,7 +12,7 @@ from ..precision import layer_norm
 
 def embed_tokens_reference(
     patches_BPD: Tensor,
-    mask_token_D: Tensor | None,
+    mask_token_D: Tensor,
     cls_token_D: Tensor,
     pos_embed_ND: Tensor | None,
     masked_positions_BM: Tensor | None,
@@ -20,7 +20,6 @@ def embed_tokens_reference(
     """CLS in front, masked patches replaced, positions added after that: [B,P,D] -> [B,P+1,D]."""
     num_pictures, num_patches, width = patches_BPD.shape
     if masked_positions_BM is not None:
-        assert mask_token_D is not None
         # Padding goes to a column past the last patch, then cut off: boolean indexing would wait for the device.
         slots_BM = torch.where(masked_positions_BM < 0, num_patches, masked_positions_BM)
         masked_BP = patches_BPD.new_zeros(num_pictures, num_patches + 1, dtype=torch.bool)
@@ -34,10 +33,14 @@ def keep_visible_reference(
     patches_BPD: Tensor, cls_token_D: Tensor, pos_embed_ND: Tensor | None, visible_positions_BV: Tensor
 ) -> Tensor:
     """CLS and the visible patches, positions added, zeros for padding: [B,P,D] -> [B,V+1,D]."""
-    x_BND = embed_tokens_reference(patches_BPD, None, cls_token_D, pos_embed_ND, None)
-    tokens_BI = F.pad(visible_positions_BV.clamp_min(0) + 1, (1, 0))  # CLS first
-    kept_BID = x_BND.gather(1, tokens_BI[:, :, None].expand(-1, -1, x_BND.shape[2]))
-    return torch.where(F.pad(visible_positions_BV < 0, (1, 0))[:, :, None], 0, kept_BID)
+    width = patches_BPD.shape[2]
+    places_BV = visible_positions_BV.clamp_min(0)
+    kept_BVD = patches_BPD.gather(1, places_BV[:, :, None].expand(-1, -1, width))
+    x_BID = torch.cat([cls_token_D.expand(len(kept_BVD), 1, width), kept_BVD], dim=1)
+    if pos_embed_ND is not None:
+        tokens_BI = F.pad(places_BV + 1, (1, 0))  # CLS first
+        x_BID = x_BID + pos_embed_ND.index_select(0, tokens_BI.flatten()).view(*tokens_BI.shape, width)
+    return torch.where(F.pad(visible_positions_BV < 0, (1, 0))[:, :, None], 0, x_BID)
 
 
 def restore_tokens_reference(
