@@ -1,20 +1,25 @@
 """The command `plan.py`: what the pages show is what it prints, and it needs neither DeepSpeed nor pictures."""
 
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from fused_beit.engine import plan
 from fused_beit.engine.command_line import run_script
 
+ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"<!-- plan ([^\n]*): begin -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
 def blocks(root):
     return BLOCK.findall((root / "docs" / "planning.md").read_text())
+
+
+MAIN = runpy.run_path(str(ROOT / "engine" / "plan.py"))["main"]
 
 
 def printed(argv, folder, monkeypatch, capsys):
@@ -23,7 +28,7 @@ def printed(argv, folder, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["plan.py", *argv])
     code = 0
     try:
-        run_script(plan.main)
+        run_script(MAIN)
     except SystemExit as end:
         code = end.code
     said = capsys.readouterr()
@@ -83,8 +88,10 @@ def test_a_sweep_that_cannot_be_written_is_told(tmp_path, monkeypatch, capsys):
 
 
 def test_a_plan_loads_no_deepspeed(root):
-    code = "import sys; sys.modules['deepspeed'] = None; from fused_beit.engine.plan import main; main(['--gpus', '4'])"
-    made = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
+    code = "import runpy, sys; sys.modules['deepspeed'] = None; runpy.run_path('engine/plan.py', run_name='__main__')"
+    made = subprocess.run(
+        [sys.executable, "-c", code, "--gpus", "4"], cwd=root, capture_output=True, text=True, timeout=120
+    )
     assert made.returncode == 0, made.stderr
     assert "ZeRO stage" in made.stdout
 
