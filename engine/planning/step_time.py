@@ -88,7 +88,7 @@ def link(gpu: Gpu, world_size: int) -> float:
 def pass_operations(model: ModelSettings, *, bf16: bool) -> int:
     """Operations that the host gives the device one by one in a forward and backward pass.
 
-    Counted in a real pass of the reference in torch 2.13, views excepted; tests/test_step_time.py counts them again.
+    Counted in a real pass of the reference in torch 2.13, views excepted; tests/test_planning.py counts them again.
     LayerScale with DropPath adds some, and so do the casts of autocast.
     """
     scaled = 1 if model.layer_scale else 0
