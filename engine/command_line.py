@@ -17,13 +17,15 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import tyro
 from pydantic import ValidationError
 
 from .config import Section, Settings, check, is_used
 from .errors import RankError, UserError
+
+S = TypeVar("S", bound=Settings)
 
 PRESETS = resources.files(__package__) / "presets"
 
@@ -54,14 +56,23 @@ def preset_names() -> list[str]:
 
 
 def parse(argv: Sequence[str], *, description: str) -> Settings:
-    """Read settings from `argv` and check them.
+    """Read settings from `argv` and check them; raises as `parse_as` does."""
+    return parse_as(Settings, argv, description=description, check=check)
+
+
+def parse_as(kind: type[S], argv: Sequence[str], *, description: str, check: Callable[[S], None]) -> S:
+    """Read settings, and what a script of its own adds to them, from `argv`.
+
+    kind:        `Settings`, or a class with more options of a script's own
+    description: the first lines of `--help`
+    check:       called with the settings, to raise what is wrong with them
 
     Raises:
         UserError: for a value, key or combination that cannot be used.
         SystemExit: code 0 after `--help`.
     """
     argv = [word for word in argv if not word.startswith(("--local_rank", "--local-rank"))]  # the launcher's own
-    refuse_unknown(argv)
+    refuse_unknown(argv, kind)
     refuse_contradictions(argv)
     preset = option(argv, "preset") or Settings().preset
     config = option(argv, "config")
@@ -70,7 +81,7 @@ def parse(argv: Sequence[str], *, description: str) -> Settings:
         merge(values, load_toml(Path(config)))
     values |= {"preset": preset, "config": config}
     values.setdefault("output_dir", f"output/{preset}")
-    default = validate(values)
+    default = validate(values, kind)
 
     try:
         given = read_options(argv, default, description)
@@ -78,7 +89,7 @@ def parse(argv: Sequence[str], *, description: str) -> Settings:
         if end.code:
             refuse_unreadable(argv, default)
         raise
-    settings = validate(dataclasses.asdict(given))
+    settings = validate(dataclasses.asdict(given), kind)
     if settings.tokenizer.path is not None:
         refuse_useless_beside_tokenizer(argv)
     check(settings)
@@ -89,7 +100,7 @@ def read_options(argv: Sequence[str], default: Settings, description: str = "") 
     """`default` with the options put over it, unchecked; `SystemExit` after `--help` or for what cannot be read."""
     with contextlib.redirect_stderr(io.StringIO()):  # tyro explains in a box; `refuse_unreadable` does in a sentence
         return tyro.cli(
-            mirror(Settings),
+            mirror(type(default)),
             args=argv,
             default=mirrored(default),
             description=description,
@@ -108,9 +119,9 @@ def option(argv: Sequence[str], name: str) -> str | None:
     return None
 
 
-def refuse_unknown(argv: Sequence[str]) -> None:
+def refuse_unknown(argv: Sequence[str], kind: type[Settings] = Settings) -> None:
     """Raise `UserError` for an option that is no setting, naming the nearest one."""
-    names = field_names(Settings)
+    names = field_names(kind)
     negated = [".no_".join(name.rsplit(".", 1)) for name in names if "." in name] + [f"no_{name}" for name in names]
     for word in argv:
         name = word.partition("=")[0].removeprefix("--").replace("-", "_")
@@ -138,7 +149,9 @@ def refuse_unreadable(argv: Sequence[str], default: Settings) -> NoReturn:
             read_options([f"--{name}", *values], default)
         except SystemExit:
             given = f"--{name} {' '.join(values)}".strip()
-            raise UserError(f"{given} cannot be read: --{name} takes {allowed(annotation_of(name))}.") from None
+            raise UserError(
+                f"{given} cannot be read: --{name} takes {allowed(annotation_of(name, type(default)))}."
+            ) from None
     raise UserError("the options cannot be read together; --help lists them.")
 
 
@@ -159,9 +172,9 @@ def split_options(argv: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
         yield name.removeprefix("--").replace("-", "_"), [value] * bool(equals) + list(argv[start + 1 : end])
 
 
-def annotation_of(name: str) -> Any:
+def annotation_of(name: str, kind: type[Settings]) -> Any:
     """The type of a setting by its dotted name, or by that of its `no_` form."""
-    section: type[Section] = Settings
+    section: type[Section] = kind
     *parents, last = name.split(".")
     for parent in parents:
         section = section.model_fields[parent].annotation  # type: ignore[assignment]
@@ -212,16 +225,16 @@ def merge(values: dict[str, Any], changes: dict[str, Any]) -> None:
             values[key] = value
 
 
-def validate(values: dict[str, Any]) -> Settings:
-    """Build `Settings`; the first value that does not fit is named in a `UserError`."""
+def validate(values: dict[str, Any], kind: type[S]) -> S:
+    """Build settings; the first value that does not fit is named in a `UserError`."""
     try:
-        return Settings.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as errors:
         first = errors.errors(include_url=False)[0]
         path = [str(part) for part in first["loc"]]
         name = ".".join(path)
         if first["type"] == "extra_forbidden":
-            known = field_names(Settings)
+            known = field_names(kind)
             raise UserError(f"there is no setting {name!r}{did_you_mean(name, known)}") from None
         what = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
         raise UserError(f"{name} = {first['input']!r} is not allowed: it {what}.") from None
@@ -229,7 +242,7 @@ def validate(values: dict[str, Any]) -> Settings:
 
 def options_of(settings: Settings) -> list[str]:
     """The options that lead to these settings, without `--resume` and `--overwrite`."""
-    default = validate(load_preset(settings.preset) | {"preset": settings.preset})
+    default = validate(load_preset(settings.preset) | {"preset": settings.preset}, Settings)
     argv = ["--preset", settings.preset, "--output_dir", str(settings.output_dir)]
     for name in field_names(Settings):
         if name in ("preset", "config", "output_dir", "resume", "overwrite") or not is_used(name, settings):

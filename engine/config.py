@@ -234,6 +234,14 @@ BEIT_MASK_SHARE = 75 / 196
 
 def check(settings: Settings) -> None:
     """Raise `UserError` for values that are allowed one by one but not together, or for missing paths."""
+    check_combinations(settings)
+    if settings.data.path is None and settings.preset != Settings().preset:
+        raise UserError(f"preset {settings.preset} is for your own pictures; give their folder as --data.path FOLDER.")
+    check_paths(settings)
+
+
+def check_combinations(settings: Settings) -> None:
+    """Raise `UserError` for values that are allowed one by one but not together."""
     model, data, mask = settings.model, settings.data, settings.mask
     if data.image_size % model.patch_size:
         below = data.image_size // model.patch_size * model.patch_size
@@ -269,8 +277,11 @@ def check(settings: Settings) -> None:
         raise UserError(
             f"--resume {settings.resume} goes on from an earlier run and --overwrite deletes it; give one of the two."
         )
-    if data.path is None and settings.preset != Settings().preset:
-        raise UserError(f"preset {settings.preset} is for your own pictures; give their folder as --data.path FOLDER.")
+
+
+def check_paths(settings: Settings) -> None:
+    """Raise `UserError` for a path that is given and is not there."""
+    data = settings.data
     for name, path in (("data.path", data.path), ("data.val_path", data.val_path)):
         if path is not None and not path.is_dir():
             raise UserError(f"{name} = {path} is not a folder; give the folder that holds the pictures.")

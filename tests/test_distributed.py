@@ -1,13 +1,11 @@
 """Two CPU ranks: every ZeRO stage gives the losses of stage 0, and those of one rank with the same global batch."""
 
 import json
-import os
-import socket
-import subprocess
 import sys
 
 import pytest
 from small_run import losses, make_tokenizer, small_argv, small_settings
+from two_ranks import on_two_ranks
 
 from fused_beit.engine.training.pretraining import pretrain
 
@@ -23,30 +21,6 @@ for argv in json.loads(sys.argv[1]):
     assert pretrain(parse(argv, description=""))
 zero.stop()
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def on_two_ranks(command: list[str]) -> None:
-    """Run a command twice, as ranks 0 and 1 of one process group."""
-    group = {"WORLD_SIZE": "2", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [
-        subprocess.Popen(
-            command,
-            env=os.environ | group | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in ranks:
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
 
 
 @pytest.fixture(scope="module")

@@ -105,9 +105,12 @@ def lower_layers_do_not_know_higher_ones(tree: list[Module]) -> Iterator[str]:
     engine = "fused_beit.engine"
     forbidden = {
         "fused_beit.kernels": [engine],
-        f"{engine}.data": [f"{engine}.models", f"{engine}.tokenizer", f"{engine}.training"],
-        f"{engine}.models": [f"{engine}.data", f"{engine}.tokenizer", f"{engine}.training"],
-        f"{engine}.tokenizer": [f"{engine}.models", f"{engine}.training"],
+        f"{engine}.data": [f"{engine}.models", f"{engine}.tokenizer", f"{engine}.training", f"{engine}.planning"],
+        f"{engine}.models": [f"{engine}.data", f"{engine}.tokenizer", f"{engine}.training", f"{engine}.planning"],
+        f"{engine}.tokenizer": [f"{engine}.models", f"{engine}.training", f"{engine}.planning"],
+        f"{engine}.training": [f"{engine}.planning"],
+        # A plan counts and runs nothing: it answers without DeepSpeed, which it would take to join a process group.
+        f"{engine}.planning": [f"{engine}.training.zero", f"{engine}.training.pretraining", f"{engine}.data"],
     }
     for module in tree:
         for lower, higher in forbidden.items():
@@ -127,7 +130,8 @@ def nothing_imports_a_script_test_or_benchmark(tree: list[Module]) -> Iterator[s
 
 
 def settings_import_no_torch(tree: list[Module]) -> Iterator[str]:
-    torchless = {Path("engine", name) for name in ("config.py", "errors.py", "command_line.py")}
+    torchless = {Path("engine", name) for name in ("config.py", "errors.py", "command_line.py", "hardware.py")}
+    torchless.add(Path("engine", "planning", "settings.py"))
     for module in tree:
         if module.path in torchless and module.imports_any("torch", "fused_beit.kernels", "deepspeed"):
             yield f"{module.path} imports torch"
@@ -196,6 +200,8 @@ RULES: dict[Callable[[list[Module]], Iterator[str]], dict[str, str]] = {
         "engine/models/mim.py": "from ..training import loop",
         "engine/tokenizer/files.py": "from .. import training",
         "engine/data/loading.py": "from ..models.encoder import Encoder",
+        "engine/training/header.py": "from ..planning.choice import choose",
+        "engine/planning/choice.py": "from ..training.zero import start",
     },
     nothing_imports_a_script_test_or_benchmark: {
         "engine/training/loop.py": "from ..pretrain import main",
@@ -276,7 +282,7 @@ def test_kernels_import_where_triton_is_absent():
 
 
 def test_settings_import_where_torch_is_absent():
-    modules = ["config", "errors", "command_line"]
+    modules = ["config", "errors", "command_line", "hardware", "planning.settings"]
     result = import_without("torch", [f"fused_beit.engine.{name}" for name in modules])
     assert result.returncode == 0, result.stderr
 

@@ -121,6 +121,31 @@ def resolve_stage(settings: Settings, world_size: int) -> int:
     return int(stage)
 
 
+def batch_plan(settings: Settings, world_size: int) -> tuple[int, int]:
+    """Pictures in a forward pass of one rank, and forward passes in an optimizer step.
+
+    Raises:
+        UserError: when the global batch cannot be divided so.
+    """
+    total = settings.train.global_batch
+    if total % world_size:
+        near = total // world_size * world_size or world_size
+        raise UserError(
+            f"train.global_batch = {total} cannot be divided among {world_size} ranks; "
+            f"set it to a multiple of {world_size}, such as {near}."
+        )
+    share = total // world_size
+    micro_batch = settings.train.micro_batch or share
+    if share % micro_batch:
+        divisors = [n for n in range(1, share + 1) if share % n == 0]
+        nearest = min(divisors, key=lambda n: abs(n - micro_batch))
+        raise UserError(
+            f"train.micro_batch = {micro_batch} does not divide the {share} pictures each of {world_size} rank(s) has "
+            f"of train.global_batch = {total}; set it to a divisor of {share}, such as {nearest}."
+        )
+    return micro_batch, share // micro_batch
+
+
 def read_json(settings: Settings, stage: int) -> tuple[dict[str, Any], str]:
     """The user's JSON or the built-in one of the stage, with the name errors call it by."""
     if settings.zero.config is not None:

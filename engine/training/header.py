@@ -34,25 +34,6 @@ def in_lines(values: Mapping[str, object]) -> dict[str, str]:
     return {section: " ".join(fields) for section, fields in sections.items()}
 
 
-def training_memory(
-    *, parameters: int, width: int, depth: int, num_heads: int, tokens: int, num_masked: int,
-    vocab_size: int, micro_batch: int, stage: int, world_size: int, activation_bytes: int,
-) -> float:  # fmt: skip
-    """Estimate of a rank's memory in bytes: weights, gradients, AdamW's state, saved activations.
-
-    Weights, gradients and the two moments are fp32; stages 1, 2, 3 divide the moments, gradients and weights by the
-    ranks and add a flat fp32 copy (ZeRO, Rajbhandari et al. 2020, section 5). A block saves about 18 tensors of
-    `[batch, tokens, width]` and two of `[batch, heads, tokens, tokens]` when its attention is not fused; the head keeps
-    the logits and their gradient in fp32. The tokenizer is not counted.
-    """
-    shard = [1 if stage < level else 1 / world_size for level in (1, 2, 3)]
-    moments = (8 + (4 if stage else 0)) * shard[0]
-    state = parameters * (moments + 4 * shard[1] + 4 * shard[2])
-    block = 18 * tokens * width + 2 * num_heads * tokens**2
-    head = 8 * num_masked * vocab_size
-    return state + float(micro_batch) * (depth * block * activation_bytes + head)
-
-
 def human_bytes(count: float) -> str:
     """`1.5 GB` and the like."""
     if count < 1:

@@ -11,14 +11,6 @@ from tqdm import tqdm
 
 from .checkpoint import replace_durably
 
-# Dense bf16 matrix rate in FLOP/s, from NVIDIA's data sheets; the key is part of the device's name.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Data-sheet bf16 rate of a GPU in FLOP/s, None when it is not known."""
-    return next((rate for name, rate in PEAK_FLOPS.items() if name in device_name), None)
-
 
 class MetricsLog:
     """`metrics.jsonl`, and TensorBoard's events when it is installed.

@@ -18,16 +18,19 @@ from ..data.loading import BadPictureLog, Batch, train_loader, val_batches
 from ..data.pictures import Pictures, open_pictures
 from ..data.source import Source
 from ..errors import UserError
+from ..hardware import bf16_rate
 from ..models.encoder import impl_besides_attention
 from ..models.flops import pretraining_flops
 from ..models.mim import MaskedImageModel
 from ..tokenizer.files import identity, load_tokenizer
+from ..tokenizer.flops import TokenizerSize
 from . import checkpoint, zero
 from .deepspeed_json import resolve_stage
 from .evaluation import Evaluation, evaluate, fill_pictures
-from .header import header, human_bytes, training_memory
+from .header import header, human_bytes
 from .loop import Loop, StopRequest
-from .metrics import MetricsLog, Progress, duration, peak_flops, read_metrics
+from .memory import Pass, keeps_scores, rank_memory
+from .metrics import MetricsLog, Progress, duration, read_metrics
 from .optim import Schedule
 from .report import PictureRow, Report, write_report
 from .run_folder import RunFolder, comparable, find_resume, refuse_other_inputs, run_facts
@@ -158,7 +161,7 @@ class Run:
             save=self.save,
             steps_per_epoch=self.steps_per_epoch,
             flops_per_picture=self.flops,
-            peak_flops=peak_flops(self.facts["device"]) if self.bf16 else None,
+            peak_flops=bf16_rate(self.facts["device"]) if self.bf16 else None,
         )
 
     def load(self, checkpoint_folder: Path) -> int:
@@ -282,18 +285,23 @@ class Run:
 
     def header(self, tokenizer_facts: dict[str, str], implementations: dict[str, Resolved]) -> str:
         settings, engine, runtime = self.settings, self.engine, self.runtime
-        memory = training_memory(
-            parameters=self.num_parameters,
-            width=settings.model.width,
-            depth=settings.model.depth,
-            num_heads=settings.model.num_heads,
-            tokens=settings.num_patches + 1,
-            num_masked=settings.mask.num_patches,
-            vocab_size=self.tokenizer.vocab_size,
-            micro_batch=engine.micro_batch,
-            stage=engine.stage,
+        memory = rank_memory(
+            settings,
+            Pass(
+                micro_batch=engine.micro_batch,
+                bf16=self.bf16,
+                vocab_size=self.tokenizer.vocab_size,
+                keeps_scores=keeps_scores(settings.train.impl, runtime.device.type),
+                tokenizer=TokenizerSize(
+                    self.tokenizer.vocab_size,
+                    self.tokenizer.width,
+                    self.tokenizer.num_groups,
+                    self.tokenizer.blocks_per_group,
+                ),
+                token_side=settings.grid * self.tokenizer.stride,
+            ),
+            zero.deepspeed_config(settings, runtime.world_size, bf16=self.bf16),
             world_size=runtime.world_size,
-            activation_bytes=2 if self.bf16 else 4,
         )
         held_out = 0 if self.pictures.val is None else len(self.pictures.val)
         run = {
@@ -305,7 +313,7 @@ class Run:
             f"({settings.mask.num_patches / settings.num_patches:.0%}; BEiT: {BEIT_MASK_SHARE:.0%})",
             "parameters": f"{self.num_parameters:,}",
             "FLOPs a picture": f"{self.flops:.3g}, forward and backward, without the tokenizer",
-            "memory a rank": f"about {human_bytes(memory)} by estimate",
+            "memory a rank": f"about {human_bytes(memory.total)} of tensors at most, by estimate: when {memory.moment}",
             "precision": "fp32 weights, bf16 autocast" if self.bf16 else "fp32",
             "ranks": f"{runtime.world_size}, each {runtime.threads} CPU threads, "
             f"{engine.micro_batch} pictures x {engine.accumulation} passes a step; ZeRO stage {engine.stage}",

@@ -20,7 +20,7 @@ from ..config import Settings
 from ..cpu import keep_freed_memory
 from ..errors import UserError
 from . import checkpoint
-from .deepspeed_json import resolve_json, resolve_stage
+from .deepspeed_json import batch_plan, resolve_json, resolve_stage
 from .optim import GuardedAdamW, parameter_groups
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")  # else it warns and guesses
@@ -159,31 +159,6 @@ def union(found: dict[str, str]) -> dict[str, str]:
         gathered = [None] * dist.get_world_size()
         torch.distributed.all_gather_object(gathered, found)
     return {name: value for part in gathered for name, value in part.items()}
-
-
-def batch_plan(settings: Settings, world_size: int) -> tuple[int, int]:
-    """Pictures in a forward pass of one rank, and forward passes in an optimizer step.
-
-    Raises:
-        UserError: when the global batch cannot be divided so.
-    """
-    total = settings.train.global_batch
-    if total % world_size:
-        near = total // world_size * world_size or world_size
-        raise UserError(
-            f"train.global_batch = {total} cannot be divided among {world_size} ranks; "
-            f"set it to a multiple of {world_size}, such as {near}."
-        )
-    share = total // world_size
-    micro_batch = settings.train.micro_batch or share
-    if share % micro_batch:
-        divisors = [n for n in range(1, share + 1) if share % n == 0]
-        nearest = min(divisors, key=lambda n: abs(n - micro_batch))
-        raise UserError(
-            f"train.micro_batch = {micro_batch} does not divide the {share} pictures each of {world_size} rank(s) has "
-            f"of train.global_batch = {total}; set it to a divisor of {share}, such as {nearest}."
-        )
-    return micro_batch, share // micro_batch
 
 
 def deepspeed_config(settings: Settings, world_size: int, *, bf16: bool) -> dict[str, Any]:

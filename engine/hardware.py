@@ -1,0 +1,69 @@
+"""What GPUs can do, as their makers publish it: one table for plans and for the share of the peak that a run reports.
+
+Rates are dense (without sparsity), in TFLOP/s; sizes in GB and bandwidths in GB/s of 10^9 bytes; a link's bandwidth is
+that of one direction, of one GPU. Imports no torch.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU and the machine it usually stands in."""
+
+    key: str
+    """What the command line calls it."""
+    name: str
+    """Part of the name that the driver gives it."""
+    memory_gb: float
+    bf16_tflops: float
+    """Matrix products in bf16."""
+    tf32_tflops: float
+    """Convolutions in fp32 as torch runs them by default."""
+    fp32_tflops: float
+    """Matrix products in fp32 as torch runs them by default: not on the matrix units."""
+    bandwidth_gb_s: float
+    """Its own memory."""
+    node_link_gb_s: float
+    """To the other GPUs of its machine."""
+    network_gb_s: float
+    """To other machines, where each GPU has an adapter of its own or its share of one."""
+    host_link_gb_s: float
+    """To the memory of its machine."""
+    gpus_per_node: int
+    watts: float
+
+
+# H100, H200: NVIDIA H100 and H200 Tensor Core GPU data sheets, SXM columns. The sheets give rates with sparsity, twice
+# these. NVLink 900 GB/s and PCIe Gen5 128 GB/s are both directions together. DGX H100 and H200 data sheets: 8 GPUs and
+# 8 adapters of 400 Gb/s for them.
+# A100: NVIDIA A100 Tensor Core GPU data sheet, SXM columns; NVLink 600 GB/s, PCIe Gen4 64 GB/s, both directions
+# together. DGX A100 data sheet: 8 GPUs and 8 adapters of 200 Gb/s.
+# B200: NVIDIA DGX B200 data sheet, an eighth of the system's: 1,440 GB, 64 TB/s, 72 PFLOP/s fp8 with sparsity, NVLink
+# 14.4 TB/s in both directions, 8 adapters of 400 Gb/s. HGX B200 page: bf16 36 and tf32 18 PFLOP/s with sparsity and
+# fp32 600 TFLOP/s, of 8 GPUs; 1,000 W each.
+# L40S: NVIDIA L40S data sheet; no NVLink, PCIe Gen4 x16.
+# RTX 4090: NVIDIA Ada GPU architecture whitepaper, appendix A: dense, fp32 accumulation; no NVLink, PCIe Gen4 x16.
+# Nobody publishes a network for the last two: 100 Gb/s for each L40S, and 10 Gb/s shared by two RTX 4090, are assumed.
+GPUS = {
+    gpu.key: gpu
+    for gpu in (
+        Gpu("h200", "H200", 141, 989, 494, 67, 4800, 450, 50, 64, 8, 700),
+        Gpu("h100", "H100", 80, 989, 494, 67, 3350, 450, 50, 64, 8, 700),
+        Gpu("b200", "B200", 180, 2250, 1125, 75, 8000, 900, 50, 64, 8, 1000),
+        Gpu("a100_80", "A100-SXM4-80GB", 80, 312, 156, 19.5, 2039, 300, 25, 32, 8, 400),
+        Gpu("a100_40", "A100-SXM4-40GB", 40, 312, 156, 19.5, 1555, 300, 25, 32, 8, 400),
+        Gpu("l40s", "L40S", 48, 362, 183, 91.6, 864, 32, 12.5, 32, 8, 350),
+        Gpu("rtx4090", "RTX 4090", 24, 165.2, 82.6, 82.6, 1008, 32, 0.625, 32, 2, 450),
+    )
+}
+FAMILIES = {"A100": "a100_40"}
+"""Names of drivers that leave the size of the memory open, with a GPU of the same rates."""
+
+
+def bf16_rate(device_name: str) -> float | None:
+    """Published dense bf16 rate in FLOP/s of the GPU that a driver calls `device_name`; None when it is not known."""
+    for name, key in [*((gpu.name, gpu.key) for gpu in GPUS.values()), *FAMILIES.items()]:
+        if name in device_name:
+            return GPUS[key].bf16_tflops * 1e12
+    return None

@@ -1,0 +1,208 @@
+"""The memory formula against every tensor that a real pass saves and every allocation of a real step."""
+
+import json
+import sys
+
+import pytest
+import torch
+from allocations import peak_bytes, saved_bytes
+from measured_step import NO_TOKENIZER, measure
+from two_ranks import on_two_ranks
+
+from fused_beit.engine.config import Settings
+from fused_beit.engine.models import MaskedImageModel
+from fused_beit.engine.tokenizer.dvae import DiscreteVAE
+from fused_beit.engine.tokenizer.flops import TokenizerSize, encoding_memory
+from fused_beit.engine.training import memory
+
+# name: pictures, side, masked patches, vocabulary, model
+SHAPES = {
+    "shared": (4, 64, 20, 128, {"width": 64, "depth": 3, "num_heads": 2, "patch_size": 8}),
+    "plain": (
+        8, 32, 26, 32,
+        {"width": 64, "depth": 4, "num_heads": 4, "patch_size": 4, "abs_pos_embed": True, "layer_scale": 0.0,
+         "drop_path": 0.0},
+    ),
+    "large vocabulary": (2, 96, 14, 8192, {"width": 192, "depth": 2, "num_heads": 3}),
+    "per layer": (2, 96, 14, 50, {"width": 96, "depth": 2, "num_heads": 3, "rel_pos_bias": "per_layer"}),
+    "narrow MLP": (
+        3, 64, 14, 50,
+        {"width": 96, "depth": 6, "num_heads": 3, "patch_size": 8, "mlp_ratio": 2.0, "rel_pos_bias": "none"},
+    ),
+}  # fmt: skip
+
+
+class OnePass:
+    """A real model and batch of a shape, and what the formula is told of it."""
+
+    def __init__(self, shape, bf16, impl="reference"):
+        pictures, side, masked, vocab_size, model = SHAPES[shape]
+        self.settings = Settings.model_validate(
+            {"model": model, "data": {"image_size": side}, "mask": {"num_patches": masked}}
+        )
+        self.bf16 = bf16
+        self.model = MaskedImageModel(self.settings.model, side, vocab_size, normalize="inception", impl=impl)
+        self.batch = (
+            torch.zeros(pictures, 3, side, side, dtype=torch.uint8),
+            torch.arange(masked).repeat(pictures, 1),
+            torch.zeros(pictures, self.settings.num_patches, dtype=torch.int64),
+            torch.arange(pictures),
+        )
+        keeps = memory.keeps_scores(impl, "cpu")
+        self.run = memory.Pass(pictures, bf16, vocab_size, keeps, NO_TOKENIZER, 8)
+
+    def forward(self):
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            return self.model(*self.batch, 0).loss
+
+    def step(self):
+        self.forward().backward()
+
+    def saved(self):
+        return memory.saved_activations(self.settings, self.run) + memory.bf16_weights(self.settings, self.run, 0)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_saved_activations_are_those_that_autograd_saves(shape, bf16):
+    one = OnePass(shape, bf16)
+    apart = [*one.model.parameters(), *one.model.buffers()]
+    # Half a per cent: masks, indices and DropPath's factors are left out of the formula, and nothing else.
+    assert one.saved() == pytest.approx(saved_bytes(one.forward, apart), rel=0.005)
+
+
+@pytest.mark.slow
+def test_fused_attention_saves_no_scores():
+    """Of the fused ones, only this project's kernels run on a CPU, in Triton's interpreter."""
+    pytest.importorskip("triton")
+    one, plain = OnePass("shared", bf16=False, impl="triton"), OnePass("shared", bf16=False)
+    saved, with_scores = (saved_bytes(a.forward, [*a.model.parameters(), *a.model.buffers()]) for a in (one, plain))
+    # In fp32 they keep two numbers a row, not one, and the bias once for all blocks, not one for each.
+    assert one.saved() == pytest.approx(saved, rel=0.02)
+    assert with_scores - saved > 0.6 * (4 * 4 * 3 * 2 * 65**2)  # pictures, blocks, heads, tokens squared, less the bias
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_pass_needs_what_was_saved_and_the_working_tensors(shape, bf16):
+    one = OnePass(shape, bf16)
+    one.step()  # gradients are there from the second on
+    expected = one.saved() + memory.working_tensors(one.settings, one.run)
+    # A twentieth: single tensors of [B, N, D] within an operator's backward are not modelled, and weigh most in models
+    # as small as these.
+    assert expected == pytest.approx(peak_bytes(one.step), rel=0.05)
+
+
+@pytest.mark.parametrize("size", [(64, 32, 3, 1), (512, 16, 4, 1), (256, 32, 3, 2)], ids=str)
+def test_tokens_need_what_the_first_group_holds(size):
+    tokenizer = DiscreteVAE(*size, output_channels=0)
+    pictures = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    tokenizer.encode(pictures)
+    expected = encoding_memory(TokenizerSize(*size), 64, 2)
+    # The view itself, in fp32, and a convolution's small tensors are left out.
+    assert expected == pytest.approx(peak_bytes(lambda: tokenizer.encode(pictures)), rel=0.08)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_one_rank_holds_and_needs_what_the_formula_says(tmp_path, stage):
+    case = {"stage": stage, "accumulation": 2, "micro_batch": 2, "bf16": False, "offload": False}
+    check(measure(tmp_path, 1, **case), case)
+
+
+def check(measured, case):
+    tolerance = HELD_WITH_OFFLOAD if case["offload"] else HELD
+    assert measured["held by formula"] == pytest.approx(measured["held"], rel=tolerance), case
+    assert measured["peak by formula"] == pytest.approx(measured["peak"], rel=PEAK), case
+
+
+# The batch and small tensors of DeepSpeed's own are held too; and with offload, which passes gradients through buffers
+# that this counts within the step, a twentieth.
+HELD, HELD_WITH_OFFLOAD = 0.01, 0.05
+# Not all gradients that have come are there when the last activations are, as the formula supposes. For a model on a
+# GPU it is to be within 15 %.
+PEAK = 0.08
+
+CASES = [
+    {"stage": stage, "accumulation": accumulation, "micro_batch": 4, "bf16": bf16, "offload": offload}
+    for stage, accumulation, bf16, offload in (
+        (0, 1, False, False),
+        (0, 2, True, False),
+        (1, 1, False, False),
+        (1, 2, True, False),
+        (2, 2, True, False),
+        (3, 1, True, False),
+        (1, 1, False, True),
+        (3, 2, True, True),
+    )
+]
+RUNS = """
+import json, pathlib, sys
+sys.path.insert(0, sys.argv[1])
+from fused_beit.engine.training import zero
+from measured_step import measure
+folder = pathlib.Path(sys.argv[2])
+found = [measure(folder, 2, **case) for case in json.loads(sys.argv[3])]
+rank = zero.dist.get_rank()
+(folder / f"measured{rank}.json").write_text(json.dumps(found))
+zero.stop()
+"""
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, root):
+    """What each of two ranks measured, for every case."""
+    folder = tmp_path_factory.mktemp("measured")
+    on_two_ranks([sys.executable, "-c", RUNS, str(root / "tests"), str(folder), json.dumps(CASES)], timeout=900)
+    return [json.loads((folder / f"measured{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: str(CASES[number]))
+def test_two_ranks_hold_and_need_what_the_formula_says(two_ranks, number):
+    fuller = max((rank[number] for rank in two_ranks), key=lambda measured: measured["peak"])
+    check(fuller, CASES[number])
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: str(CASES[number]))
+def test_two_ranks_send_what_the_formula_says(two_ranks, number):
+    from fused_beit.engine.planning.step_time import traffic
+
+    measured, case = two_ranks[0][number], CASES[number]
+    sent = traffic(measured["parameters"], stage=case["stage"], world_size=2, accumulation=case["accumulation"])
+    # A hundredth: norms, flags and the padding of buckets.
+    assert sent.total == pytest.approx(measured["sent"], rel=0.01)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("micro_batch", [16, 64])
+def test_a_gpu_needs_what_the_formula_says(tmp_path, micro_batch):
+    """BEiT-base's step under bf16 autocast, with the attention that a GPU gets."""
+    from fused_beit.engine.training import zero
+
+    settings = Settings.model_validate(
+        {"train": {"global_batch": micro_batch}, "zero": {"stage": 0}, "mask": {"num_patches": 75}}
+    )
+    runtime = zero.start(settings)
+    model = MaskedImageModel(settings.model, 224, 8192, normalize="inception")
+    engine = zero.ZeroEngine(model, settings, runtime, bf16=True)
+    batch = [
+        tensor.to(runtime.device)
+        for tensor in (
+            torch.zeros(micro_batch, 3, 224, 224, dtype=torch.uint8),
+            torch.arange(75).repeat(micro_batch, 1),
+            torch.zeros(micro_batch, 196, dtype=torch.int64),
+            torch.arange(micro_batch),
+        )
+    ]
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):
+        loss, _ = engine(*batch, 0)
+        engine.backward(loss)
+        engine.step()
+    run = memory.Pass(micro_batch, True, 8192, memory.keeps_scores("auto", "cuda"), NO_TOKENIZER, 14)
+    config = zero.deepspeed_config(settings, 1, bf16=True)
+    expected = memory.rank_memory(settings, run, config, world_size=1).total
+    assert expected == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)

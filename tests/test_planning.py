@@ -1,0 +1,342 @@
+"""A plan's parts: hardware, traffic, time, choice, scaling; and what it says of inputs that cannot be planned."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from small_run import make_tokenizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from fused_beit.engine import hardware
+from fused_beit.engine.command_line import parse_as
+from fused_beit.engine.config import ModelSettings
+from fused_beit.engine.errors import UserError
+from fused_beit.engine.models import MaskedImageModel, parameter_count, pretraining_flops
+from fused_beit.engine.planning.choice import choose, describe, divisors, room, way
+from fused_beit.engine.planning.plot import draw
+from fused_beit.engine.planning.settings import PlanSettings, check, resolve_gpu
+from fused_beit.engine.planning.step_time import encoding_operations, link, pass_operations, traffic
+from fused_beit.engine.planning.sweep import alone, counts, efficiency, sweep
+from fused_beit.engine.planning.text import run_steps
+from fused_beit.engine.tokenizer.dvae import DiscreteVAE
+from fused_beit.engine.tokenizer.files import load_tokenizer
+from fused_beit.engine.tokenizer.flops import DALLE, TokenizerSize, encoder_parameters, encoding_flops, size_of
+
+BASE = ["--preset", "beit_base_in1k_800ep"]
+LARGE = ["--preset", "beit_large_in1k_800ep"]
+
+
+def planned(*argv: str) -> PlanSettings:
+    return parse_as(PlanSettings, argv, description="", check=check)
+
+
+def chosen(*argv: str):
+    settings = planned(*argv)
+    return choose(settings, resolve_gpu(settings), size_of(settings.tokenizer), settings.gpus)
+
+
+def error_of(*argv: str) -> str:
+    with pytest.raises(UserError) as caught:
+        chosen(*argv)
+    return str(caught.value)
+
+
+# The tokenizer's work.
+
+
+def test_the_published_encoder_has_its_published_size():
+    assert encoder_parameters(DALLE) == 53_786_240
+    assert sum(encoding_flops(DALLE, 112)) / 2 == pytest.approx(26.06e9, rel=1e-3)
+
+
+@pytest.mark.parametrize("sizes", [(64, 8, 3, 1), (50, 16, 4, 2)], ids=str)
+def test_a_tokenizers_work_is_what_torch_counts(sizes):
+    tokenizer = DiscreteVAE(*sizes, output_channels=0)
+    with FlopCounterMode(display=False) as counter:
+        tokenizer.encode(torch.zeros(3, 3, 32, 32, dtype=torch.uint8))
+    assert counter.get_total_flops() == 3 * sum(encoding_flops(TokenizerSize(*sizes), 32))
+    assert encoder_parameters(TokenizerSize(*sizes)) == sum(p.numel() for p in tokenizer.parameters())
+
+
+def test_a_tokenizer_is_loaded_in_fp32_as_the_plan_supposes(tmp_path):
+    """One in half precision is to change `step_time`, which takes tf32 and fp32 rates for it."""
+    tokenizer = load_tokenizer(make_tokenizer(tmp_path / "tokenizer.safetensors"))
+    assert {parameter.dtype for parameter in tokenizer.parameters()} == {torch.float32}
+
+
+class CountOperations(TorchDispatchMode):
+    """Operations that do something on a device: no views, no bare allocations."""
+
+    IDLE = ("empty", "empty_like", "empty_strided", "detach", "_unsafe_view", "new_empty", "new_empty_strided")
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view and func.overloadpacket.__name__ not in (*self.IDLE, "lift_fresh")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scaled"])
+@pytest.mark.parametrize("depth", [2, 5])
+def test_a_pass_has_the_operations_that_are_counted_in_one(bf16, scaled, depth):
+    branch = {} if scaled else {"layer_scale": 0.0, "drop_path": 0.0}
+    settings = ModelSettings(width=16, depth=depth, num_heads=2, patch_size=8, **branch)
+    model = MaskedImageModel(settings, 32, 16, normalize="inception", impl="reference")
+    batch = (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.arange(4).repeat(2, 1), torch.zeros(2, 16).long())
+    with CountOperations() as counter:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(*batch, torch.arange(2), 0).loss
+        loss.backward()
+    # A tenth, for other versions of torch.
+    assert pass_operations(settings, bf16=bf16) == pytest.approx(counter.count, rel=0.1)
+
+
+@pytest.mark.parametrize("sizes", [(8, 8, 3, 1), (8, 8, 4, 2)], ids=str)
+def test_tokens_take_the_operations_that_are_counted(sizes):
+    with CountOperations() as counter:
+        DiscreteVAE(*sizes, output_channels=0).encode(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    made = CountOperations()
+    with made:
+        DiscreteVAE(*sizes, output_channels=0)
+    assert encoding_operations(TokenizerSize(*sizes)) == pytest.approx(counter.count - made.count, rel=0.1)
+
+
+# Hardware.
+
+
+@pytest.mark.parametrize(
+    ("device", "key"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100_80"),
+        ("NVIDIA A100-PCIE-40GB", "a100_40"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+    ],
+)
+def test_a_drivers_name_finds_the_published_rate(device, key):
+    assert hardware.bf16_rate(device) == hardware.GPUS[key].bf16_tflops * 1e12
+
+
+def test_an_unknown_device_has_no_rate():
+    assert hardware.bf16_rate("AMD EPYC") is None
+
+
+def test_a_value_given_replaces_the_published_one():
+    gpu = resolve_gpu(planned(*BASE, "--gpu", "h100", "--hardware.memory_gb", "64"))
+    assert (gpu.memory_gb, gpu.watts) == (64, hardware.GPUS["h100"].watts)
+
+
+def test_a_custom_gpu_is_described_in_full():
+    values = {name: value for name, value in vars(hardware.GPUS["l40s"]).items() if name not in ("key", "name")}
+    argv = [word for name, value in values.items() for word in (f"--hardware.{name}", str(value))]
+    custom, known = chosen(*BASE, "--gpu", "custom", *argv), chosen(*BASE, "--gpu", "l40s")
+    assert (custom.time, custom.memory) == (known.time, known.memory)
+
+
+# Traffic and time.
+
+
+def test_between_machines_the_adapters_of_a_machine_are_shared_by_its_rings():
+    gpu = hardware.GPUS["a100_80"]
+    assert link(gpu, 8) == 300e9
+    assert link(gpu, 16) == 8 * 25e9
+    assert link(hardware.GPUS["b200"], 16) == 8 * 50e9
+
+
+def test_one_rank_sends_nothing():
+    assert all(traffic(10**8, stage=stage, world_size=1, accumulation=3).total == 0 for stage in range(4))
+
+
+def test_seconds_are_work_over_rate():
+    settings = planned(*BASE, "--mfu", "0.5", "--zero.stage", "0", "--dispatch_us", "0")
+    one = choose(settings, resolve_gpu(settings), DALLE, 1)
+    flops = 2048 * pretraining_flops(settings.model, 224, 75, 8192)
+    assert one.time.model == pytest.approx(flops / (0.5 * 989e12))
+    inner, codes = encoding_flops(DALLE, 112)
+    assert one.time.tokenizer == pytest.approx(2048 * (inner / 494e12 + codes / 67e12) / 0.5)
+    assert one.time.optimizer == pytest.approx(28 * 91_965_776 / 4.8e12)
+    assert one.pictures_per_s == pytest.approx(2048 / one.time.total)
+
+
+def test_traffic_is_waited_for_as_far_as_nothing_hides_it():
+    argv = (*BASE, "--gpus", "8", "--train.micro_batch", "64", "--dispatch_us", "0")
+    whole = 4 * 91_965_776 * 7 / 8
+
+    def at(stage, link_gb_s):
+        settings = planned(*argv, "--zero.stage", str(stage), "--hardware.node_link_gb_s", str(link_gb_s))
+        return choose(settings, resolve_gpu(settings), DALLE, 8)
+
+    for link_gb_s in (0.5, 900):
+        bandwidth = 1e9 * link_gb_s
+        model = at(0, link_gb_s).time.model
+        last = model / 4 * 2 / 3  # the backward of one of four passes
+        assert at(0, link_gb_s).time.waits == pytest.approx(2 * whole / bandwidth)
+        assert at(1, link_gb_s).time.waits == pytest.approx(max(0, 2 * whole / bandwidth - last) + whole / bandwidth)
+        assert at(2, link_gb_s).time.waits == pytest.approx(
+            max(0, 8 * whole / bandwidth - 4 * last) + whole / bandwidth
+        )
+        hidden = max(0, 4 * whole / bandwidth - 4 * last) + max(0, 4 * whole / bandwidth - 2 * last)
+        assert at(3, link_gb_s).time.waits == pytest.approx(hidden)
+
+
+def test_a_pass_takes_no_less_than_its_operations_take_to_start():
+    one = chosen("--preset", "digits", "--gpus", "1", "--dispatch_us", "100")
+    settings = planned("--preset", "digits")
+    assert one.time.model == pytest.approx(100e-6 * pass_operations(settings.model, bf16=True))
+    assert one.time.model > one.time.model_arithmetic
+
+
+# The choice.
+
+
+def test_one_gpu_shards_nothing_and_more_shard_the_optimizer():
+    assert (chosen(*BASE).stage, chosen(*BASE, "--gpus", "8").stage) == (0, 1)
+
+
+def test_the_largest_batch_that_fits_is_taken_and_the_next_does_not_fit():
+    one = chosen(*LARGE, "--gpus", "8", "--gpu", "rtx4090")
+    settings = planned(*LARGE, "--gpus", "8", "--gpu", "rtx4090")
+    larger = [size for size in divisors(256) if size > one.micro_batch]
+    assert larger and one.fits(0.1)
+    next_larger = way(settings, one.gpu, DALLE, gpus=8, stage=one.stage, offload=one.offload, micro_batch=larger[-1])
+    assert not next_larger.fits(0.1)
+    assert one.global_batch == 2048
+
+
+def test_a_simpler_sharding_is_left_where_another_is_more_than_a_tenth_faster():
+    slow = ("--gpus", "8", "--hardware.node_link_gb_s", "8", "--train.micro_batch", "256")
+    best, first = chosen(*BASE, *slow), chosen(*BASE, *slow, "--zero.stage", "1")
+    assert best.stage != 1
+    assert best.time.total * 1.1 < first.time.total
+
+
+def test_what_is_asked_for_is_kept():
+    one = chosen(*LARGE, "--gpus", "8", "--zero.stage", "2", "--train.micro_batch", "16")
+    assert (one.stage, one.micro_batch, one.accumulation) == (2, 16, 16)
+
+
+def test_a_machine_that_is_too_small_is_told_what_would_fit():
+    said = error_of(*LARGE, "--hardware.memory_gb", "2", "--gpu", "rtx4090")
+    least = re.search(r"the least, (.*), takes ([\d.]+) GB of the 1.8 GB", said)
+    assert "offload" in least[1] and "passes of 1 picture" in least[1]
+    assert float(least[2]) > 1.8
+    assert "l40s" in said and "would have room" in said
+
+
+def test_a_choice_that_is_too_large_is_told_the_one_that_fits():
+    said = error_of(*LARGE, "--gpu", "rtx4090", "--train.micro_batch", "512")
+    fits = chosen(*LARGE, "--gpu", "rtx4090")
+    assert f"{describe(fits)} fits it" in said
+
+
+def test_the_reserve_is_left_free():
+    gpu = hardware.GPUS["l40s"]
+    assert room(gpu, 0.25) == pytest.approx(36e9)
+    tight = chosen(*BASE, "--gpu", "l40s", "--hardware.reserve", "0.5")
+    assert tight.memory.total <= 24e9 < chosen(*BASE, "--gpu", "l40s", "--hardware.reserve", "0.0").memory.total
+
+
+# Scaling.
+
+
+def test_it_doubles_up_to_the_number_asked_for():
+    assert counts(1) == [1]
+    assert counts(8) == [1, 2, 4, 8]
+    assert counts(12) == [1, 2, 4, 8, 12]
+
+
+def scaled(*argv: str):
+    settings = planned(*argv)
+    gpu, tokenizer = resolve_gpu(settings), size_of(settings.tokenizer)
+    return sweep(settings, gpu, tokenizer, choose(settings, gpu, tokenizer, settings.gpus))
+
+
+def test_an_endless_network_scales_without_loss():
+    fast = ["--hardware.node_link_gb_s", "1e12", "--hardware.network_gb_s", "1e12", "--dispatch_us", "0"]
+    for row in scaled(*BASE, "--gpus", "64", *fast):
+        for one in (row.strong, row.weak):
+            assert efficiency(one, alone(one)) == pytest.approx(1, abs=1e-6)
+
+
+def test_a_network_that_sends_nothing_scales_not_at_all():
+    rows = scaled(*BASE, "--gpus", "64", "--zero.stage", "1", "--hardware.network_gb_s", "1e-3")
+    within, between = [row for row in rows if 1 < row.gpus <= 8], [row for row in rows if row.gpus > 8]
+    assert all(efficiency(row.strong, alone(row.strong)) > 0.9 for row in within)
+    for row in between:  # the time of a step is that of its traffic: 12 n bytes through 8 MB/s, less what is hidden
+        assert row.strong.time.total == pytest.approx(12 * 91_965_776 * (1 - 1 / row.gpus) / 8e6, rel=0.01)
+
+
+def test_the_batch_of_the_recipe_stays_or_grows_with_the_gpus():
+    rows = scaled(*BASE, "--gpus", "16")
+    assert {row.strong.global_batch for row in rows} == {2048}
+    assert [row.weak.global_batch for row in rows] == [128, 256, 512, 1024, 2048]
+    assert rows[-1].strong.pictures_per_s == rows[-1].weak.pictures_per_s
+
+
+def test_a_number_of_gpus_that_does_not_divide_the_batch_is_left_out():
+    rows = scaled("--preset", "digits", "--train.global_batch", "12", "--gpus", "6")
+    assert [row.gpus for row in rows if row.strong is None] == []
+    rows = scaled("--preset", "digits", "--train.global_batch", "6", "--gpus", "6")
+    assert [row.gpus for row in rows if row.strong is None] == [4]
+
+
+def test_the_picture_has_a_point_for_each_row_and_is_the_same_every_time():
+    rows = scaled(*LARGE, "--gpus", "64", "--gpu", "l40s", "--hardware.network_gb_s", "0.1")
+    svg = draw(rows, "a <title>")
+    assert svg == draw(rows, "a <title>")
+    assert re.findall(r'class="strong[^"]*" data-gpus="(\d+)"', svg) == [str(row.gpus) for row in rows]
+    hollow = [int(gpus) for gpus in re.findall(r'class="strong bound" data-gpus="(\d+)"', svg)]
+    waiting = [row.gpus for row in rows if row.strong.time.waits > 0.2 * row.strong.time.total]
+    assert hollow == waiting and 0 < len(hollow) < len(rows)
+    assert "a &lt;title&gt;" in svg
+
+
+# Inputs.
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--gpu", "h20"], ["gpu = 'h20'", "known are h200", "custom"]),
+        (["--gpu", "custom"], ["--hardware.memory_gb", "--hardware.watts"]),
+        (["--gpus", "3"], ["train.global_batch = 2048", "3 ranks", "such as 2046"]),
+        (["--gpus", "8", "--train.micro_batch", "48"], ["train.micro_batch = 48", "divisor of 256", "such as 32"]),
+        (["--gpus", "0"], ["gpus = 0"]),
+        (["--mfu", "1.5"], ["mfu = 1.5"]),
+        (["--gpu.memory", "3"], ["no option --gpu.memory", "--help"]),
+        (["--hardware.memory", "3"], ["did you mean --hardware.memory_gb?"]),
+        (["--gpus", "many"], ["--gpus many cannot be read", "a whole number"]),
+        (["--sweep", "scaling.png"], ["sweep = scaling.png", ".svg"]),
+        (["--data.image_size", "100"], ["data.image_size = 100"]),
+        (["--data.path", "/no/such/folder"], ["data.path = /no/such/folder is not a folder"]),
+        (["--zero.offload", "--zero.stage", "0"], ["zero.offload"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
+)
+def test_a_wrong_input_is_told_in_a_sentence(argv, words):
+    said = error_of(*BASE, *argv)
+    for word in words:
+        assert word in said
+    assert "\n" not in said
+
+
+def test_every_option_of_a_run_changes_a_plan():
+    assert run_steps(planned(*BASE, "--train.epochs", "300"), 1_281_167) == 300 * 625
+    deeper = planned(*BASE, "--model.depth", "24").model
+    assert parameter_count(deeper, 224, 8192) > parameter_count(planned(*BASE).model, 224, 8192)
+
+
+def test_a_custom_deepspeed_file_decides_the_stage(tmp_path: Path):
+    file = tmp_path / "mine.json"
+    file.write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000000}}')
+    one = chosen(*BASE, "--gpus", "8", "--zero.config", str(file))
+    assert one.stage == 2
+    assert one.memory.parts["buckets"] == 8e6
