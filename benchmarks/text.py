@@ -11,6 +11,9 @@ NUMBERS = {
     "gb_per_s": ("GB/s", lambda value: f"{value:.3g}"),
     "tflop_per_s": ("TFLOP/s", lambda value: f"{value:.3g}"),
     "share_of_limit": ("of the limit", lambda value: f"{value:.1%}"),
+    "gflop_per_s": ("GFLOP/s", lambda value: f"{value:.4g}"),
+    "pictures_per_s": ("pictures/s", lambda value: f"{value:.4g}"),
+    "mfu": ("MFU", lambda value: f"{value:.1%}"),
     "peak_bytes": ("peak MB", lambda value: f"{value / 1e6:.1f}"),
     "extra_bytes": ("extra MB", lambda value: f"{value / 1e6:.1f}"),
 }
@@ -39,13 +42,15 @@ def row_table(benchmark: Mapping[str, Any]) -> Table:
     others = {key for row in rows.values() for key, value in row.items() if is_number(value)} - {*WITHOUT_COLUMN}
     columns = NUMBERS | {key: (key, "{:.4g}".format) for key in sorted(others - NUMBERS.keys())}
     shown = [key for key in columns if any(row.get(key) is not None for row in rows.values())]
-    table = [["provider", "median ms", "quartiles", *(columns[key][0] for key in shown), "error"]]
+    table = [["provider", "median ms", "quartiles", *(columns[key][0] for key in shown)]]
+    has_errors = any(row.get("errors") for row in rows.values())
+    table[0] += ["error"] if has_errors else []
     for name, row in rows.items():
         label = f"{name} (bound)" if row.get("kind") == "bound" else name
         median = milliseconds(row["median"]) + ("*" if row.get("waits_for_host") else "")
         numbers = ["" if row.get(key) is None else columns[key][1](row[key]) for key in shown]
-        error = f"{max(row['errors'].values()):.1e}" if row.get("errors") else ""
-        table.append([label, median, f"{milliseconds(row['q1'])} to {milliseconds(row['q3'])}", *numbers, error])
+        error = [f"{max(row['errors'].values()):.1e}" if row.get("errors") else ""] if has_errors else []
+        table.append([label, median, f"{milliseconds(row['q1'])} to {milliseconds(row['q3'])}", *numbers, *error])
     return table if rows else []
 
 

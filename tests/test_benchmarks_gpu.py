@@ -159,3 +159,33 @@ def test_wrong_options_get_one_sentence(run):
     for line, sentence in zip(lines, wrong.values(), strict=True):
         assert line.startswith("error: ")
         assert sentence in line
+
+
+@pytest.mark.gpu
+def test_a_short_run_is_replayed_as_a_cuda_graph_and_what_waits_is_not(run):
+    shown = run(
+        "-c",
+        """
+import torch
+from benchmarks.timers import EventTimer, Staged, timed_by
+
+x = torch.ones(4096, device="cuda", requires_grad=True)
+runs = {
+    "short": lambda: x * 2,
+    "backward": Staged(lambda: (x * 2).sum(), lambda y: torch.autograd.grad(y, x)),
+    "waits": lambda: x.nonzero(),
+    "short after it": lambda: x * 3,
+}
+timer = EventTimer()
+for name, work in runs.items():
+    seconds = max(timer(work) for _ in range(3))
+    print(name, timed_by(timer, work), 0 < seconds < 1e-2, sep=", ")
+""",
+    )
+    graph = "CUDA graph between events, True"
+    assert shown.stdout.splitlines() == [
+        f"short, {graph}",
+        f"backward, {graph}",
+        "waits, events, True",
+        f"short after it, {graph}",
+    ], shown.stderr
