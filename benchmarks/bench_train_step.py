@@ -4,6 +4,9 @@ How to read it: `over first` is a provider's time over that of our step, the med
 its quartiles, GFLOP/s, the share of the measured matrix rate (MFU, where that rate was measured in the precision of the
 case) and, on a GPU, peak memory are in the JSON. FLOPs are those that the step demands, the same for all.
 
+All run in one process, with the same threads; on a CPU all of them have freed memory kept, as our engine asks of the
+C library, which cannot keep it for one alone. Normalised pixels are given to the peers, ours normalises in the step.
+
 On a CPU a step of BEiT-base takes seconds and its compilation a minute, so the compiled models are timed on two of its
 twelve blocks, beside the same blocks not compiled: only times of one case compare. A processor without products of bf16
 imitates them, many times slower than fp32; there the bf16 case is a small one.
