@@ -31,7 +31,7 @@ SIZES: dict[str, tuple[str, ModelSettings, int]] = {
     "smoke": ("tiny", ModelSettings(width=48, depth=1, num_heads=3), 64),
     "full": ("BEiT-base", ModelSettings(), 8192)
     if torch.cuda.is_available()
-    else ("BEiT-small", ModelSettings(width=384, num_heads=6), 8192),
+    else ("BEiT-tiny", ModelSettings(width=192, num_heads=3), 8192),
 }
 STEP = 1000
 

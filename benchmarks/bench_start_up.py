@@ -88,7 +88,7 @@ def start_up(tmp_path) -> StartUp:
     return StartUp(tmp_path / "run", tmp_path / "tokenizer.safetensors")
 
 
-def test_start_up(drive, keep, num_rounds, sizes, start_up):
+def test_start_up(drive, keep, sizes, start_up):
     imports = import_seconds(start_up("-X", "importtime"))
     row = Row("from the start of the process to the first step, digits", "fused_beit")
     parts: dict[str, list[float]] = {name: [] for name in PARTS}
@@ -100,6 +100,6 @@ def test_start_up(drive, keep, num_rounds, sizes, start_up):
         parts["header_s"].append(header)
         parts["first_step_s"].append(first_step - header)
 
-    drive(lambda: None, run, 1 if sizes == "smoke" else num_rounds(3))
+    drive(lambda: None, run, 1 if sizes == "smoke" else 2)
     row.facts = imports | {name: median(seconds) for name, seconds in parts.items()}
     keep([row])

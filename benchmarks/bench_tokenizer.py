@@ -22,7 +22,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = {
     "smoke": {"batch": 2, "side": 32, "vocab_size": 64, "width": 16, "groups": 3, "blocks_per_group": 1},
     "full": {
-        "batch": 64 if DEVICE.type == "cuda" else 2,
+        "batch": 64 if DEVICE.type == "cuda" else 1,
         "side": 112,
         "vocab_size": 8192,
         "width": 256,
@@ -129,7 +129,9 @@ def test_tokenizer(drive, keep, num_rounds, limits, sizes, tokenizer):
     flops = batch * flops_of(tokenizer, side)
     peaks = {name: memory(run, DEVICE) if DEVICE.type == "cuda" else {} for name, run in runs.items()}
     label = f"{batch} token views of {side} x {side}, {tokenizer.vocab_size} codes, float32"
-    rows = time_in_turn(label, runs, rounds=num_rounds(5), timer=device_timer(DEVICE), drive=drive)
+    rows = time_in_turn(
+        label, runs, rounds=num_rounds(5 if DEVICE.type == "cuda" else 3), timer=device_timer(DEVICE), drive=drive
+    )
     add_spread(rows)
     for row in rows:
         seconds = quartiles(row.seconds)[1]
