@@ -7,6 +7,8 @@ colour jitter is off, for the two do not mean the same by it.
 What is checked: from the same box, ours and torchvision's views differ by less than either differs from itself when the
 box is moved by one pixel of the view; and the boxes that both draw have the same distribution.
 
+In this process both have one thread, as a worker has, so that its pictures/s are those of a core.
+
 With workers a run takes batches from processes that stay and work ahead. Before it is timed it takes as many as lie
 ready, so that what is timed is what the processes can keep up.
 """
@@ -171,6 +173,17 @@ def take(stream: Iterator[Any], count: int) -> None:
         next(stream)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As workers have it, so that a picture costs the same in this process; torchvision's small operators would only
+    wait for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(("kind", "workers"), [("small", 0), ("large", 0), ("small", 1), ("small", 2)])
 def test_pictures(drive, keep, num_rounds, sizes, tmp_path, kind, workers):
     if sizes == "smoke" and workers == 1:
