@@ -1,186 +1,152 @@
-"""One pre-training step, forward and backward, against transformers' BEiT with the same weights and the same loss."""
+"""A whole training step, optimizer included: ours beside timm's and transformers' BEiT, in one process, in turn.
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+How to read it: `over first` is a provider's time over that of our step, the median of the ratios within the rounds;
+its quartiles, GFLOP/s, the share of the measured matrix rate (MFU, where that rate was measured in the precision of the
+case) and, on a GPU, peak memory are in the JSON. FLOPs are those that the step demands, the same for all.
+
+All run in one process, with the same threads; on a CPU all of them have freed memory kept, as our engine asks of the
+C library, which cannot keep it for one alone. Normalised pixels are given to the peers, ours normalises in the step.
+
+On a CPU a step of BEiT-base takes seconds and its compilation long, so the compiled models are timed on one of its
+twelve blocks, beside the same block not compiled: only times of one case compare. A processor without products of bf16
+imitates them, many times slower than fp32; there the bf16 case is a small one.
+"""
+
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from fused_beit.engine.config import ModelSettings
-from fused_beit.engine.models.flops import pretraining_flops
-from fused_beit.engine.models.mim import MaskedImageModel
+from fused_beit.engine.cpu import has_bf16
 
-from .rounds import Outputs, build, check
-from .transformers_beit import build_peer
+from .rounds import AbsentError, Drive, Row, every_round, quartiles, time_in_turn
+from .spread import add_spread
+from .timers import memory
+from .train_step import DEVICE, Case, References, Shape, Step
+from .train_step_providers import COMPILED, EAGER
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-NORMALIZE = "inception"  # (x / 255 - 0.5) / 0.5
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the peers and the compiler, which are not ours to mend
 
+PROVIDERS = EAGER | COMPILED
 
-@dataclass(frozen=True)
-class Case:
-    """A model, a batch and a precision. Paths are not dropped, so that all providers compute the same thing."""
-
-    name: str
-    settings: ModelSettings
-    image_size: int
-    vocab_size: int
-    batch: int
-    num_masked: int
-    dtype: torch.dtype
-
-    @cached_property
-    def state(self) -> dict[str, Tensor]:
-        """Weights that all providers share, away from the zeros that some begin with."""
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = MaskedImageModel(self.settings, self.image_size, self.vocab_size, normalize=NORMALIZE)
-            return {name: value + 0.02 * torch.randn(value.shape) for name, value in model.state_dict().items()}
-
-    @cached_property
-    def pixels(self) -> Tensor:
-        """uint8 [B, 3, S, S]"""
-        shape = (self.batch, 3, self.image_size, self.image_size)
-        return torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1)).to(DEVICE)
-
-    @cached_property
-    def num_patches(self) -> int:
-        return (self.image_size // self.settings.patch_size) ** 2
-
-    @cached_property
-    def masked_positions(self) -> Tensor:
-        """int64 [B, M], ascending as transformers' mask gives them"""
-        order = torch.rand(self.batch, self.num_patches, generator=torch.Generator().manual_seed(2)).argsort(dim=1)
-        return order[:, : self.num_masked].sort(dim=1).values.to(DEVICE)
-
-    @cached_property
-    def token_ids(self) -> Tensor:
-        """int64 [B, P]"""
-        shape = (self.batch, self.num_patches)
-        return torch.randint(self.vocab_size, shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
-
-
-TINY = ModelSettings(width=48, depth=2, num_heads=3, drop_path=0.0)
+TINY = ModelSettings(width=192, num_heads=3, drop_path=0.0)
+SMALL = ModelSettings(width=384, num_heads=6, drop_path=0.0)
 BASE = ModelSettings(drop_path=0.0)
-SIZES = {
-    "smoke": {"settings": TINY, "image_size": 64, "vocab_size": 64, "batch": 2, "num_masked": 6},
-    "full": {"settings": BASE, "image_size": 224, "vocab_size": 8192, "batch": 4, "num_masked": 75},
+LARGE = ModelSettings(width=1024, depth=24, num_heads=16, drop_path=0.0, layer_scale=1e-5)
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+def on_pictures(settings: ModelSettings, batch: int) -> Shape:
+    """BEiT's pictures, visual tokens and masks."""
+    return Shape(settings, image_size=224, vocab_size=8192, batch=batch, num_masked=75)
+
+
+ON_GPU = {
+    "base-bf16": Case("BEiT-base", on_pictures(BASE, 128), BF16),
+    "large-bf16": Case("BEiT-large", on_pictures(LARGE, 64), BF16),
+    "small-bf16": Case("BEiT-small", on_pictures(SMALL, 256), BF16),
+    "tiny-bf16": Case("BEiT-tiny", on_pictures(TINY, 256), BF16),
+    "base-fp32": Case("BEiT-base", on_pictures(BASE, 64), FP32),
+}
+NO_BF16 = "this processor has no products of bf16 and imitates them, far slower than fp32: a small case"
+ONE_BLOCK = "compiled in the case of one block, to keep the run short"
+ON_CPU = {
+    "base-fp32": Case("BEiT-base", on_pictures(BASE, 4), FP32),
+    "base-bf16": Case("BEiT-base", on_pictures(BASE, 4), BF16)
+    if has_bf16()
+    else Case(
+        "2 blocks of BEiT-tiny at 112 pixels (no bf16 here)",
+        Shape(TINY.model_copy(update={"depth": 2}), image_size=112, vocab_size=512, batch=1, num_masked=19),
+        BF16,
+        NO_BF16,
+    ),
+    "compiled-fp32": Case(
+        "1 block of BEiT-base", on_pictures(BASE.model_copy(update={"depth": 1}), 4), FP32, ONE_BLOCK
+    ),
+}
+SMOKE_SHAPE = Shape(
+    ModelSettings(width=48, depth=1, num_heads=3, drop_path=0.0), image_size=64, vocab_size=64, batch=2, num_masked=6
+)
+SMOKE = {
+    "fp32": Case("tiny", SMOKE_SHAPE, FP32),
+    "bf16": Case("tiny", SMOKE_SHAPE, BF16),
 }
 
 
-@dataclass(frozen=True)
-class Step:
-    """One forward and backward pass of a model, timed by calling it."""
-
-    case: Case
-    model: nn.Module
-    forward: Callable[[], Tensor]
-    """The loss."""
-    logits: Callable[[], Tensor]
-    """Scores at the masked patches, [B*M, V]."""
-    watched: dict[str, Tensor]
-    """Parameters whose gradients are checked: the first, the shared and the last ones."""
-
-    def __call__(self) -> Outputs:
-        self.model.zero_grad(set_to_none=True)
-        with self.case.autocast():
-            loss = self.forward()
-        loss.backward()
-        return {"loss": loss.detach()}
-
-    def outputs(self) -> dict[str, Tensor]:
-        """All that is checked: scores, gradients, loss."""
-        loss = self()["loss"]
-        with torch.no_grad(), self.case.autocast():
-            logits = self.logits()
-        gradients = {f"gradient of {name}": value.grad for name, value in self.watched.items()}
-        return {"logits": logits, **gradients, "loss": loss}
+DEFAULT_ATTENTION = "its default, sdpa, is timed here, and both in the case of one block"
 
 
-def check_step(name: str, outputs: Outputs, eager: Outputs, exact: Outputs, dtype: torch.dtype) -> dict[str, float]:
-    """Assert scores and gradients by the house's rule, and that the loss is the one of these scores.
+def left_out(name: str) -> dict[str, str]:
+    """Who is not timed in a case though it could be, and why."""
+    if name in SMOKE:
+        return dict.fromkeys(COMPILED, "smoke sizes compile nothing")
+    if DEVICE.type == "cuda" or name.startswith("compiled"):
+        return {}
+    return dict.fromkeys(COMPILED, ONE_BLOCK) | {"transformers, eager": DEFAULT_ATTENTION}
 
-    A mean cross-entropy moves by no more than twice the largest change of a score, so the scores' error bounds the
-    loss's; comparing two losses alone would pass or fail by how errors happen to cancel.
+
+def checked(
+    case: Case, providers: Mapping[str, Callable[[Case], Step]]
+) -> tuple[dict[str, Step], dict[str, str], dict[str, dict[str, float]]]:
+    """The providers whose first step is right, why the others are absent, and their errors.
+
+    Raises:
+        AssertionError: where one computes something else.
     """
-    tensors = {key: value for key, value in exact.items() if key != "loss"}
-    errors = check(name, outputs, eager, tensors, dtype)
-    largest = (outputs["logits"].double() - exact["logits"]).abs().max()
-    bound = 2 * largest + torch.finfo(dtype).eps * exact["loss"].abs()
-    off = (outputs["loss"].double() - exact["loss"]).abs()
-    assert off <= bound, f"{name}: the loss is off by {off:.2e}, more than the {bound:.2e} that its scores explain"
-    return errors | {"loss": float(off / exact["loss"].abs())}
+    references = References(case)
+    runs, absent, errors = {}, {}, {}
+    for provider, make in providers.items():
+        try:
+            run = make(case)
+            errors[provider] = references.check(provider, run.outputs())
+            runs[provider] = run
+        except AbsentError as error:
+            absent[provider] = str(error)
+        except torch.OutOfMemoryError as error:
+            absent[provider] = f"out of memory: {str(error).splitlines()[0]}"
+    return runs, absent, errors
 
 
-def fused_beit(case: Case, impl: str = "auto", dtype: torch.dtype = torch.float32) -> Step:
-    """Our model, from uint8 pixels to the gradients."""
-    model = MaskedImageModel(case.settings, case.image_size, case.vocab_size, normalize=NORMALIZE, impl=impl)
-    model.load_state_dict(case.state)
-    model.to(DEVICE, dtype).train()
-    return Step(
-        case,
-        model,
-        lambda: model(case.pixels, case.masked_positions, case.token_ids).loss,
-        lambda: model.logits(case.pixels, case.masked_positions).flatten(0, 1),
-        {
-            "patches": model.encoder.patch_embed.proj.weight,
-            "positions": model.encoder.rel_pos_bias.relative_position_bias_table,
-            "mask token": model.encoder.mask_token,
-            "head": model.lm_head.weight,
-        },
-    )
+def timed(
+    case: Case,
+    runs: Mapping[str, Step],
+    absent: Mapping[str, str],
+    errors: Mapping[str, dict[str, float]],
+    *,
+    rounds: int,
+    limits: Mapping[str, float],
+    drive: Drive = every_round,
+) -> list[Row]:
+    """A row a provider, with its pictures/s, FLOP/s and, on a GPU, its peak memory."""
+    peaks = {provider: memory(run, DEVICE) if DEVICE.type == "cuda" else {} for provider, run in runs.items()}
+    rows = time_in_turn(str(case), runs, rounds=rounds, drive=drive, absent=absent, errors=errors)
+    add_spread(rows)
+    for row in rows:
+        if row.seconds:
+            row.facts |= peaks[row.provider] | rates(case, quartiles(row.seconds)[1], limits)
+            row.facts["about"] = runs[row.provider].about
+            row.facts |= {"note": case.note} if case.note else {}
+    return rows
 
 
-def transformers(case: Case, attention: str = "sdpa") -> Step:
-    """transformers' model, from pixels that are normalised already."""
-    model = build_peer(case.settings, case.image_size, case.vocab_size, case.state, attention=attention).to(DEVICE)
-    pixels = (case.pixels.float() / 255 - 0.5) / 0.5
-    mask = torch.zeros(case.batch, case.num_patches, dtype=torch.bool, device=DEVICE)
-    mask.scatter_(1, case.masked_positions, True)
-    labels = case.token_ids.gather(1, case.masked_positions).flatten()
-    return Step(
-        case,
-        model,
-        lambda: model(pixels, bool_masked_pos=mask, labels=labels).loss,
-        lambda: model(pixels, bool_masked_pos=mask).logits[mask],
-        {
-            "patches": model.beit.embeddings.patch_embeddings.projection.weight,
-            "positions": model.beit.shared_position_bias.relative_position_bias_table,
-            "mask token": model.beit.embeddings.mask_token,
-            "head": model.lm_head.weight,
-        },
-    )
+def rates(case: Case, seconds: float, limits: Mapping[str, float]) -> dict[str, float]:
+    """Pictures/s, GFLOP/s, and MFU where the matrix rate was measured in this precision."""
+    flops_per_s = case.shape.flops / seconds
+    found = {"pictures_per_s": case.shape.batch / seconds, "gflop_per_s": flops_per_s / 1e9}
+    of_the_limit = BF16 if DEVICE.type == "cuda" else FP32  # as machine.limits measures it
+    return found | ({"mfu": flops_per_s / limits["flops_per_s"]} if case.dtype == of_the_limit else {})
 
 
-def transformers_eager(case: Case) -> Step:
-    return transformers(case, attention="eager")
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    full = ON_GPU if DEVICE.type == "cuda" else ON_CPU
+    cases = SMOKE if metafunc.config.getoption("--sizes") == "smoke" else full
+    metafunc.parametrize(("name", "case"), [(name, case) for name, case in cases.items()], ids=list(cases))
 
 
-PROVIDERS = {"fused_beit": fused_beit, "transformers, sdpa": transformers, "transformers, eager": transformers_eager}
-
-
-@pytest.fixture(scope="module")
-def exact(sizes: str) -> Outputs:
-    """The reference in float64; slow, and the same for every precision."""
-    return fused_beit(Case(name="float64", dtype=torch.float64, **SIZES[sizes]), "reference", torch.float64).outputs()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-def test_train_step(benchmark, in_turn, sizes, exact, dtype):
-    size = SIZES[sizes]
-    name = f"{'BEiT-base' if sizes == 'full' else 'tiny'}, batch {size['batch']}, {str(dtype).removeprefix('torch.')}"
-    case = Case(name=name, dtype=dtype, **size)
-
-    runs, absent = build(PROVIDERS, case)
-    eager = fused_beit(case, "reference").outputs()
-    errors = {provider: check_step(provider, run.outputs(), eager, exact, dtype) for provider, run in runs.items()}
-
-    rows = in_turn(name, runs, rounds=7, absent=absent, errors=errors)
-    flops = pretraining_flops(case.settings, case.image_size, case.num_masked, case.vocab_size) * case.batch
-    benchmark.extra_info["GFLOP"] = flops / 1e9
-    benchmark.extra_info["GFLOP/s"] = flops / 1e9 / sorted(rows[0].seconds)[len(rows[0].seconds) // 2]
+def test_train_step(drive, keep, limits, num_rounds, name, case):
+    out = left_out(name)
+    runs, absent, errors = checked(case, {key: make for key, make in PROVIDERS.items() if key not in out})
+    assert "fused_beit" in runs, f"our own step cannot run: {absent['fused_beit']}"
+    rounds = num_rounds(3 if name == "base-fp32" and DEVICE.type == "cpu" else 5)
+    keep(timed(case, runs, absent | out, errors, rounds=rounds, limits=limits, drive=drive))

@@ -48,6 +48,12 @@ def translate(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return translated
 
 
+def rename(name: str) -> str:
+    """Our name of a parameter that is one of theirs too -> its name in `BeitForMaskedImageModeling`."""
+    (translated,) = translate({name: torch.empty(0)})
+    return translated
+
+
 def build_peer(
     settings: ModelSettings, image_size: int, vocab_size: int, state: dict[str, Tensor], *, attention: str
 ) -> nn.Module:

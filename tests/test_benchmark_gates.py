@@ -1,0 +1,257 @@
+"""What the benchmarks of the engine check before they time: each gate lets the right thing pass and nothing else."""
+
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from fused_beit.engine.config import ModelSettings
+from fused_beit.engine.tokenizer.dvae import DiscreteVAE
+
+
+def benchmark(name: str) -> ModuleType:
+    """A module of benchmarks/, which is no part of what is installed."""
+    folder = Path(__file__).resolve().parent.parent / "benchmarks"
+    if "benchmarks" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("benchmarks", folder / "__init__.py")
+        assert spec is not None and spec.loader is not None
+        sys.modules["benchmarks"] = package = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(package)
+    return importlib.import_module(f"benchmarks.{name}")
+
+
+rounds, spread, train_step = (benchmark(name) for name in ("rounds", "spread", "train_step"))
+SHAPE = train_step.Shape(
+    ModelSettings(width=48, depth=1, num_heads=3, drop_path=0.0), image_size=64, vocab_size=64, batch=2, num_masked=6
+)
+
+
+@pytest.fixture(scope="module")
+def case():
+    return train_step.Case("tiny", SHAPE, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def references(case):
+    return train_step.References(case)
+
+
+def plain_step(case, change: Callable[[torch.optim.Optimizer], None] = lambda optimizer: None):
+    """Our model's reference trained as a peer is; `change` spoils its optimizer."""
+    providers = benchmark("train_step_providers")
+    model = train_step.our_model(case.shape, "reference")
+    step = providers.peer(
+        case,
+        model,
+        lambda called: called(case.pixels, case.masked_positions, case.token_ids).loss,
+        lambda model: model.logits(case.pixels, case.masked_positions).flatten(0, 1),
+        str,
+        compiled=False,
+    )
+    change(step.optimizer)
+    return step
+
+
+def test_a_right_step_passes(case, references):
+    errors = references.check("plain", plain_step(case).outputs())
+    assert max(errors.values()) < 1e-3
+    assert {"logits", "loss", "gradient of head", "change of head", "moment of final norm"} <= errors.keys()
+
+
+@pytest.mark.parametrize(
+    "key", ["logits", "loss", "gradient of positions", "change of head", "moment of mask token", "change of final norm"]
+)
+def test_a_step_with_one_wrong_result_is_refused(case, references, key):
+    outputs = plain_step(case).outputs()
+    outputs[key] = outputs[key] * 1.01
+    with pytest.raises(AssertionError, match="plain: "):
+        references.check("plain", outputs)
+
+
+def decay_all(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.05
+
+
+def decay_none(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+
+
+def raise_lr(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] *= 1.01
+
+
+@pytest.mark.parametrize("change", [decay_all, decay_none, raise_lr])
+def test_a_step_with_other_settings_of_its_optimizer_is_refused(case, references, change):
+    with pytest.raises(AssertionError, match="plain: change of "):
+        references.check("plain", plain_step(case, change).outputs())
+
+
+def test_a_step_that_does_not_clip_is_refused(case, references, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, norm: None)
+    with pytest.raises(AssertionError, match="is clipped to 1 of its gradient"):
+        references.check("plain", plain_step(case).outputs())
+
+
+def test_the_references_are_the_same_a_few_pictures_at_a_time(case, monkeypatch):
+    model = train_step.our_model(case.shape, "reference").double()
+    whole = train_step.passes(model, train_step.Case("float64", SHAPE, torch.float64))
+    monkeypatch.setattr(train_step, "PICTURES_AT_ONCE", 1)
+    model.zero_grad()
+    parts = train_step.passes(model, train_step.Case("float64", SHAPE, torch.float64))
+    for key, value in whole.items():
+        torch.testing.assert_close(parts[key], value, rtol=1e-10, atol=1e-14, msg=key)
+
+
+COMPILED = """
+import sys, torch
+sys.path.insert(0, {root!r})
+from benchmarks import train_step, train_step_providers
+from fused_beit.engine.config import ModelSettings
+
+shape = train_step.Shape(ModelSettings(width=48, depth=1, num_heads=3, drop_path=0.0), 64, 64, 2, 6)
+case = train_step.Case("tiny", shape, torch.float32)
+step = train_step_providers.COMPILED["fused_beit, compiled"](case)
+assert torch._dynamo.utils.counters["stats"]["unique_graphs"], "nothing was compiled"
+train_step.References(case).check("compiled", step.outputs())
+"""
+
+
+@pytest.mark.slow
+def test_our_compiled_step_computes_our_step(root):
+    # In a process of its own: it starts DeepSpeed's process group, and the compiler's.
+    command = [sys.executable, "-c", COMPILED.format(root=str(root))]
+    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # else it starts a process for every core
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert shown.returncode == 0, shown.stderr[-3000:]
+
+
+@pytest.mark.peers
+def test_timm_computes_our_step(case, references):
+    pytest.importorskip("timm", reason="needs timm, of the environment that `make peers` makes")
+    providers = benchmark("train_step_providers")
+    references.check("timm", providers.timm(case).outputs())
+
+
+def test_the_spread_of_ratios_is_that_within_the_rounds():
+    rows = [
+        rounds.Row("case", "ours", seconds=[1.0, 2.0, 4.0]),
+        rounds.Row("case", "peer", seconds=[2.0, 6.0, 4.0], ratio=2.0, over="ours"),
+        rounds.Row("case", "gone", absent="not installed"),
+    ]
+    spread.add_spread(rows)
+    assert rows[1].facts == {"ratio_q1": 1.5, "ratio_q3": 2.5}
+    assert rows[0].facts == rows[2].facts == {}
+
+
+def test_ids_of_worse_codes_are_refused():
+    check_ids = benchmark("bench_tokenizer").check_ids
+    exact = torch.randn(2, 4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    eager, best = exact.float(), exact.argmax(-1)
+    assert check_ids("right", best, eager, exact) == {"same_ids": 1.0}
+    with pytest.raises(AssertionError, match="worse than the best"):
+        check_ids("wrong", (best + 1) % 16, eager, exact)
+
+
+def test_a_tie_within_rounding_may_go_either_way():
+    exact = torch.tensor([[[1.0, 1.0 + 1e-9, 0.0]]], dtype=torch.float64)
+    found = benchmark("bench_tokenizer").check_ids("tie", torch.tensor([[0]]), exact.float() + 1e-7, exact)
+    assert found == {"same_ids": 0.0}
+
+
+def test_the_tokenizer_of_dall_e_has_the_flops_that_were_counted_by_hand():
+    with torch.device("meta"):
+        tokenizer = DiscreteVAE(8192, 256, 4, 2, output_channels=0)
+    # The convolutions' outputs times the weights behind each, group by group: 14 x 14 cells of 8 x 8 pixels.
+    pixels, macs, n_in = 112 * 112, 112 * 112 * 256 * 3 * 49, 256
+    for width in (256, 512, 1024, 2048):
+        hidden = width // 4
+        for first in (True, False):
+            wide = n_in if first else width
+            macs += pixels * (wide * hidden * 9 + 2 * hidden * hidden * 9 + hidden * width)
+            macs += pixels * wide * width if wide != width else 0
+        n_in, pixels = width, pixels // 4
+    macs += 14 * 14 * 2048 * 8192
+    assert benchmark("bench_tokenizer").flops_of(tokenizer, 112) == 2 * macs
+
+
+class OurViewsAsPeer:
+    """Stands in for torchvision: our own views of a box, moved by some pixels."""
+
+    def __init__(self, pictures, moved: float) -> None:
+        self.pictures, self.moved = pictures, moved
+        self.made = benchmark("bench_pictures").TwoViews(pictures.data, pictures.token_size)
+
+    def load(self, index):
+        return self.pictures.source.load(index)
+
+    def views(self, image, box, *, flip):
+        left = box.left + self.moved if box.left + box.width + self.moved <= image.width else box.left - self.moved
+        crop = benchmark("bench_pictures").Crop(max(0, left), box.top, box.width, box.height, flip=flip)
+        return self.made.render(image, crop)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    module = benchmark("bench_pictures")
+    return module.Pictures(tmp_path, module.SIZES["smoke"], (100, 75))
+
+
+def test_views_of_the_same_box_pass_and_those_of_another_are_refused(pictures):
+    check = benchmark("bench_pictures").check_same_views
+    check(pictures, OurViewsAsPeer(pictures, moved=0))
+    with pytest.raises(AssertionError, match="grey levels off"):
+        check(pictures, OurViewsAsPeer(pictures, moved=8))
+
+
+@pytest.mark.peers
+def test_torchvision_draws_our_boxes_and_makes_our_views(pictures):
+    pytest.importorskip("torchvision", reason="needs torchvision, of the environment that `make peers` makes")
+    module = benchmark("bench_pictures")
+    peer = module.TorchvisionPictures(pictures.paths, pictures.data, pictures.token_size)
+    module.check_same_views(pictures, peer)
+    module.check_same_boxes(pictures, peer)
+    peer.crop.scale = (0.3, 1.0)
+    with pytest.raises(AssertionError, match="boxes differ"):
+        module.check_same_boxes(pictures, peer)
+
+
+def test_the_gap_of_two_samples_is_that_of_their_distribution_functions():
+    largest_gap = benchmark("bench_pictures").largest_gap
+    sample = np.arange(10).tolist()
+    assert largest_gap(sample, sample) == 0
+    assert largest_gap(sample, [value + 5 for value in sample]) == pytest.approx(0.5)
+
+
+def test_a_checkpoint_that_is_not_found_again_bit_for_bit_is_refused():
+    check = benchmark("bench_checkpoint").assert_same
+    state = {"model": {"a": torch.ones(3)}, "optimizer": {"groups": [{"lr": 1.0}], "state": [torch.zeros(2)]}}
+    check("right", benchmark("bench_checkpoint").copy_of(state), state)
+    other = benchmark("bench_checkpoint").copy_of(state)
+    other["optimizer"]["state"][0][1] = 1e-30
+    with pytest.raises(AssertionError, match=r"state\.optimizer\.state\.0 is not what was saved"):
+        check("wrong", other, state)
+
+
+def test_times_of_imports_are_read_from_what_python_prints():
+    read = benchmark("bench_start_up").import_seconds
+    said = (
+        "import time: self [us] | cumulative | imported package\n"
+        "import time:       120 |    1500000 |   torch\n"
+        "import time:        10 |         10 | torch.nothing\n"
+        "import time:       300 |     250000 | deepspeed\n"
+        "some warning\n"
+    )
+    assert read(said) == {"import_torch_s": 1.5, "import_deepspeed_s": 0.25}
+    with pytest.raises(AssertionError, match="imports not seen"):
+        read("nothing")
