@@ -1,9 +1,10 @@
 """A few steps of a run, timed as they are and with marks in turn, and a few more under torch's profiler for a trace."""
 
 import copy
+import os
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -210,14 +211,31 @@ def write_trace(steps: Steps, path: Path) -> float | None:
         steps.take(TRACED_STEPS)
         return None
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with torch.profiler.profile(activities=activities) as trace:
-        # Backward runs in a thread of its own on a GPU, and a range may not end in another thread than it began in.
-        steps.take(TRACED_STEPS, marks=True, marks_backward=not on_gpu, timeline=RangedTimeline())
+    trace = torch.profiler.profile(activities=activities)
+    with without_stderr():
+        trace.start()
+    # Backward runs in a thread of its own on a GPU, and a range may not end in another thread than it began in.
+    steps.take(TRACED_STEPS, marks=True, marks_backward=not on_gpu, timeline=RangedTimeline())
+    with without_stderr():
+        trace.stop()
     trace.export_chrome_trace(str(path))
     if not on_gpu:
         return None
     on_device = [event for event in trace.events() or [] if event.device_type == torch.autograd.DeviceType.CUDA]
     return idle_share((event.time_range.start, event.time_range.end) for event in on_device)
+
+
+@contextmanager
+def without_stderr() -> Iterator[None]:
+    """Nothing of this process reaches stderr: the tracer of torch announces itself there at any log level."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def idle_share(spans: Iterable[tuple[float, float]]) -> float:

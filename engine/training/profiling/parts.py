@@ -163,8 +163,13 @@ class MarkedWork:
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """`owner.name` is `value` inside the `with` block; its class is left alone."""
+    own = vars(owner)
+    before = own.get(name)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        delattr(owner, name)
+        if before is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
