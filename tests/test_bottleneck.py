@@ -1,5 +1,7 @@
 """What bounds a run's speed, from its times; and those times: nothing between two marks is lost."""
 
+from dataclasses import replace
+
 import pytest
 
 from fused_beit.engine.training import timeline
@@ -7,7 +9,7 @@ from fused_beit.engine.training.bottleneck import Circumstances, bottleneck
 from fused_beit.engine.training.pace import Made, Pace
 from fused_beit.engine.training.timeline import Part, Phase, StreamTimeline, Timeline, by_phase
 
-CPU = Circumstances(workers=2, cores=16, bf16_untried=False, trains_tokenizer=False)
+CPU = Circumstances(workers=2, cores=16, threads=None, bf16_untried=False, trains_tokenizer=False)
 
 
 def pace(pictures=1000, made=None, **seconds):
@@ -25,7 +27,7 @@ def test_a_starved_run_names_the_workers_rate_the_steps_and_how_many_it_takes():
 
 
 def test_where_there_are_too_few_cores_smaller_pictures_are_advised():
-    few = Circumstances(workers=2, cores=3, bf16_untried=False, trains_tokenizer=False)
+    few = Circumstances(workers=2, cores=3, threads=None, bf16_untried=False, trains_tokenizer=False)
     said = bottleneck(pace(data=1.0, forward=1.0), few)
     assert "4 workers and there are 3 cores" in said
     assert "data.image_size" in said
@@ -52,7 +54,7 @@ def test_pictures_made_fast_enough_that_come_late_are_not_called_too_few():
 
 
 def test_without_workers_the_training_process_is_named():
-    none = Circumstances(workers=0, cores=4, bf16_untried=False, trains_tokenizer=False)
+    none = Circumstances(workers=0, cores=4, threads=None, bf16_untried=False, trains_tokenizer=False)
     said = bottleneck(pace(data=1.0, forward=1.0, made={0: Made(1000, 1.0, 1.0)}), none)
     assert "the training process itself makes 1,000/s" in said
     assert said.endswith("raise --data.workers to 1.")
@@ -81,9 +83,17 @@ def test_communication_is_no_longer_the_models_when_it_is_known():
 
 
 def test_bf16_is_advised_only_where_it_was_not_tried_and_is_fast():
-    untried = Circumstances(workers=2, cores=2, bf16_untried=True, trains_tokenizer=False)
+    untried = Circumstances(workers=2, cores=2, threads=None, bf16_untried=True, trains_tokenizer=False)
     assert "bf16" in bottleneck(pace(forward=1.0), untried)
     assert "bf16" not in bottleneck(pace(forward=1.0), CPU)
+
+
+@pytest.mark.parametrize(("processor_seconds", "crowded"), [(0.9, True), (1.7, False)])
+def test_threads_that_had_to_share_their_processors_are_told_so_before_anything_else(processor_seconds, crowded):
+    on_cpu = replace(CPU, threads=2)
+    times = replace(pace(forward=1.0), processor_seconds=processor_seconds)
+    assert ("it had 0.90 processors for its 2 threads" in bottleneck(times, on_cpu)) == crowded
+    assert "processors" not in bottleneck(times, CPU), "a GPU trains: the host's threads say nothing"
 
 
 def test_a_session_without_steps_says_so():

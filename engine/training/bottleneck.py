@@ -1,7 +1,6 @@
 """What a run's speed is bound by, and what to change, in one sentence with the figures that say so."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 
@@ -11,6 +10,7 @@ from .timeline import Phase
 WAITING = 0.10  # share of the time spent waiting for pictures from which on they are what bounds the run
 UNEVEN = 1.5  # how much longer than the others one worker takes when it is the one to look at
 STORAGE = 0.5  # share of a worker's time in which a processor works, below which it is storage that it waits for
+CROWDED = 0.6  # processors a thread below which something else has the cores; operators leave a thread idle at times
 WORTH_NAMING = 0.2  # share of the time from which on a part beside the largest is worth a word
 
 MODEL, TOKENIZER, OPTIMIZER = "the model", "the tokenizer", "the optimizer"
@@ -25,6 +25,8 @@ class Circumstances:
     """`data.workers`"""
     cores: int
     """Processors that a rank has for its own threads and its workers."""
+    threads: int | None
+    """CPU threads that train; None where a GPU does."""
     bf16_untried: bool
     """The run is in fp32 on a device that has fast bf16."""
     trains_tokenizer: bool
@@ -57,7 +59,7 @@ def bottleneck(pace: Pace, run: Circumstances, communication: float = 0.0, detai
     return (
         f"Bound by {largest}: {takes}, waiting for pictures {pace.share(Phase.DATA):.0%} "
         f"({loaders(pace, run)} {amount(pace.made_per_s)}/s, {amount(pace.per_s)}/s are used); "
-        f"{advice(largest, shares, run)}."
+        f"{advice(largest, pace, run)}."
     )
 
 
@@ -114,8 +116,11 @@ def slowest(pace: Pace) -> tuple[int, float] | None:
     return (worker, times) if times >= UNEVEN else None
 
 
-def advice(largest: str, shares: Mapping[str, float], run: Circumstances) -> str:
+def advice(largest: str, pace: Pace, run: Circumstances) -> str:
     """What would make the largest part smaller."""
+    if is_crowded(pace, run):
+        threads = "1 thread" if run.threads == 1 else f"{run.threads} threads"
+        return f"it had {pace.processors:.2f} processors for its {threads}: look first at what else runs on the cores"
     if largest == TOKENIZER:
         return f"a smaller tokenizer{' (--tokenizer.width)' if run.trains_tokenizer else ''} costs less"
     if largest == OPTIMIZER:
@@ -129,6 +134,11 @@ def advice(largest: str, shares: Mapping[str, float], run: Circumstances) -> str
     if run.bf16_untried:
         return "try --train.precision bf16, which this device computes fast"
     return "a faster device, more ranks or a smaller model is what makes it faster"
+
+
+def is_crowded(pace: Pace, run: Circumstances) -> bool:
+    """Whether the threads that train had to share their processors."""
+    return run.threads is not None and pace.processors < CROWDED * run.threads
 
 
 def amount(per_s: float) -> str:

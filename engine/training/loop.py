@@ -204,7 +204,7 @@ class Interval:
         self.timed_from = self.passes
         self.taken = Pace()
         self.timeline.restart()
-        self.began = time.monotonic()
+        self.began, self.processor_began = time.monotonic(), time.process_time()
 
     def add(self, batch: Batch, loss: Tensor, accuracy: Tensor) -> None:
         self.sums += torch.stack([loss.detach(), accuracy]).float()
@@ -213,7 +213,8 @@ class Interval:
 
     def pace(self) -> Pace:
         """Speed of this rank and where its time went; read only where the host waits for the device anyway."""
-        return replace(self.taken, phases=by_phase(self.timeline.seconds()))
+        processor_seconds = time.process_time() - self.processor_began
+        return replace(self.taken, phases=by_phase(self.timeline.seconds()), processor_seconds=processor_seconds)
 
     def seconds(self) -> float:
         return time.monotonic() - self.began

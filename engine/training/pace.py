@@ -37,6 +37,8 @@ class Pace:
     """Seconds of each phase; together they are all the time there was."""
     made: Mapping[int, Made] = field(default_factory=dict)
     """What each worker made, by its number."""
+    processor_seconds: float = 0.0
+    """Of all threads of this process, its data workers not counted."""
 
     def __add__(self, other: "Pace") -> "Pace":
         phases = {phase: self.phases.get(phase, 0.0) + other.phases.get(phase, 0.0) for phase in Phase}
@@ -44,7 +46,8 @@ class Pace:
             worker: self.made.get(worker, Made()) + other.made.get(worker, Made())
             for worker in sorted({*self.made, *other.made})
         }
-        return Pace(self.pictures + other.pictures, phases, made)
+        processor_seconds = self.processor_seconds + other.processor_seconds
+        return Pace(self.pictures + other.pictures, phases, made, processor_seconds)
 
     def taking(self, batch: Batch) -> "Pace":
         """With the pictures of one more batch."""
@@ -76,6 +79,11 @@ class Pace:
     def made_per_s(self) -> float:
         """Pictures a second that the workers can make; batches are taken in turn, so the slowest sets the pace."""
         return len(self.made) * min((made.per_s for made in self.made.values()), default=0.0)
+
+    @property
+    def processors(self) -> float:
+        """Processors that this process had on average while it did not wait for pictures."""
+        return self.processor_seconds / max(self.seconds - self.phases.get(Phase.DATA, 0.0), 1e-9)
 
     @property
     def making_share(self) -> float:

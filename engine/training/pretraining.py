@@ -271,6 +271,7 @@ class Run:
         return Circumstances(
             workers=settings.data.workers,
             cores=max(1, len(os.sched_getaffinity(0)) // runtime.local_world_size),
+            threads=runtime.threads if runtime.device.type == "cpu" else None,
             bf16_untried=fast_bf16 and not self.bf16,
             trains_tokenizer=settings.tokenizer.path is None,
         )

@@ -74,8 +74,6 @@ class Profile:
     device_idle: float | None
     """Share of the traced steps in which the GPU had nothing to do; None on a CPU."""
     on_cpu: bool
-    threads: int
-    """CPU threads of the process."""
     circumstances: Circumstances
     facts: Mapping[str, str]
     """What was run on what, label to value."""
@@ -94,7 +92,7 @@ class Profile:
     def pace(self) -> Pace:
         """Of the marked steps, without the profiler's own work."""
         phases = by_phase({key: value * self.marked.steps for key, value in self.seconds.items()})
-        return replace(self.marked.taken, phases=phases)
+        return replace(self.marked.taken, phases=phases, processor_seconds=self.marked.processor_seconds)
 
     @property
     def overhead(self) -> float:
@@ -105,11 +103,6 @@ class Profile:
         if self.on_cpu:
             return self.marked.processor_seconds / max(self.plain.processor_seconds, 1e-9) - 1
         return self.marked.step_seconds / self.plain.step_seconds - 1
-
-    @property
-    def busy_threads(self) -> float:
-        """Processors that this process had on average: its processor time over the time that went by."""
-        return self.marked.processor_seconds / (self.marked.step_seconds * self.marked.steps)
 
 
 def profile(run: Run, trace: Path) -> Profile:
@@ -140,7 +133,6 @@ def profile(run: Run, trace: Path) -> Profile:
         device_idle=write_trace(steps, trace),
         product_flops_per_s=product_flops_per_s(device, torch.bfloat16 if run.bf16 else torch.float32),
         on_cpu=device.type == "cpu",
-        threads=run.runtime.threads,
         circumstances=run.circumstances(),
         facts=facts_of(run),
     )

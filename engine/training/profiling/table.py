@@ -3,11 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ..bottleneck import bottleneck
+from ..bottleneck import bottleneck, is_crowded
 from ..timeline import Part, Phase
 from .measure import Profile
-
-BUSY = 0.75  # share of its threads that a process on a CPU of its own keeps busy, at least
 
 OF_MODEL = {
     Part.EMBED: "embed",
@@ -89,11 +87,10 @@ def notes(profile: Profile) -> list[str]:
         f"a large product of matrices reaches {profile.product_flops_per_s / scale(profile):.1f} {unit(profile)} here",
     ]
     if profile.on_cpu:
-        result.append(
-            f"this process had {profile.busy_threads:.2f} processors for its {profile.threads} threads on average"
-        )
-        if profile.busy_threads < BUSY * profile.threads * (1 - profile.pace.share(Phase.DATA)):
-            result[-1] += "; something else has the rest, so an idle machine is faster than this"
+        threads = profile.circumstances.threads
+        result.append(f"the process had {profile.pace.processors:.2f} processors on average for its {threads} threads")
+        if is_crowded(profile.pace, profile.circumstances):
+            result[-1] += ": something else has the rest, and alone it is faster than this"
     if profile.device_idle is not None:
         result.append(
             f"under the trace, which slows the host, the GPU had nothing to do {profile.device_idle:.0%} of the time"
