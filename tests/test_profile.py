@@ -108,6 +108,14 @@ def test_a_slow_part_is_found_in_forward_and_backward(opened, monkeypatch, owner
     assert max(others) < found[0], seconds
 
 
+def test_what_comes_after_the_graph_is_not_its_last_parts(opened, monkeypatch):
+    backward = zero.ZeroEngine.backward
+    monkeypatch.setattr(zero.ZeroEngine, "backward", lambda *args: (backward(*args), time.sleep(PLANTED)))
+    with opened() as run:
+        seconds = seconds_of_a_step(run)
+    assert seconds[Phase.BACKWARD, Part.OTHER] >= PLANTED
+
+
 def test_a_slow_collective_is_communication_wherever_it_happens(opened, monkeypatch):
     with opened() as run:
         backend = zero.collectives()

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.utils.hooks import RemovableHandle
 
 from fused_beit.kernels import RelativePositionBias
@@ -55,6 +56,7 @@ class Marks:
         self._numbers: list[int] = []
         """Of the first node that autograd made in each part that was entered, in order."""
         self._entered: list[Part] = []
+        self._ends_with_graph = False
 
     def begin(self, part: Part) -> None:
         self._outside.append(self._enter(part))
@@ -99,6 +101,7 @@ class Marks:
             waiting += [after for after, _ in node.next_functions if after is not None]
         self._numbers.clear()
         self._entered.clear()
+        self._ends_with_graph = False
         self.timeline.enter_part(Part.OTHER)
 
     def part_of(self, number: int) -> Part | None:
@@ -107,7 +110,13 @@ class Marks:
         return None if number >= 2**63 or at < 0 else self._entered[at]
 
     def _before_node(self, part: Part, gradients: Any) -> None:
+        if not self._ends_with_graph:  # what DeepSpeed does after the last node is not that node's
+            self._ends_with_graph = True
+            Variable._execution_engine.queue_callback(self._after_graph)
         self.timeline.enter_part(part)
+
+    def _after_graph(self) -> None:
+        self.timeline.enter_part(Part.OTHER)
 
 
 @contextmanager
