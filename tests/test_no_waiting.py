@@ -35,7 +35,7 @@ ALLOWED = {
     ("engine/training/zero.py", "from_all_ranks"): "once a checkpoint",
     ("engine/training/zero.py", "ZeroEngine.full_state_dict"): "once a checkpoint",
     ("engine/training/profiling/measure.py", "Steps.take"): "after the profiled steps, as a log line does",
-    ("engine/training/profiling/measure.py", "product_flops_per_s"): "no step: it times a product",
+    ("engine/training/profiling/measure.py", "Product.once"): "no step: it times a product",
     ("engine/tokenizer/files.py", "saved_state"): ON_DISK,
     ("engine/tokenizer/files.py", "digest"): ON_DISK,
     ("engine/tokenizer/quality.py", "*"): AFTER_THE_RUN,

@@ -32,6 +32,7 @@ MOST_STEPS = 10  # of one kind in a round
 ROUND_SECONDS = 1.0  # that one kind of steps takes in a round, where a step is shorter
 BUDGET_SECONDS = 30.0  # for all rounds, where the least number of them takes less
 LEAST_STEPS = WARM_STEPS + 2 * ROUNDS[0] + TRACED_STEPS
+PRODUCTS = 3  # in a round
 PRODUCT_SIDE = {"cpu": 1536, "cuda": 8192}
 
 
@@ -70,7 +71,7 @@ class Profile:
     flops: Mapping[str, float]
     """Of a step on this rank: by part of the model, and of the tokenizer."""
     product_flops_per_s: float
-    """What a large product of matrices reaches here in the precision of the run."""
+    """What a large product of matrices reached in the precision of the run, measured in turn with the steps."""
     device_idle: float | None
     """Share of the traced steps in which the GPU had nothing to do; None on a CPU."""
     on_cpu: bool
@@ -121,17 +122,19 @@ def profile(run: Run, trace: Path) -> Profile:
     steps.take(WARM_STEPS - 1)
     warm = steps.take(1)
     rounds, count = zero.on_first_rank(partial(plan, warm.step_seconds, length))
+    device = run.runtime.device
+    product = Product(device, torch.bfloat16 if run.bf16 else torch.float32)
     plain, with_marks = Stretch(), Stretch()
     for _ in range(rounds):
         plain += steps.take(count)
         with_marks += steps.take(count, marks=True)
-    device = run.runtime.device
+        product.measure()
     return Profile(
         marked=with_marks,
         plain=plain,
         flops=step_flops(run),
         device_idle=write_trace(steps, trace),
-        product_flops_per_s=product_flops_per_s(device, torch.bfloat16 if run.bf16 else torch.float32),
+        product_flops_per_s=product.flops_per_s,
         on_cpu=device.type == "cpu",
         circumstances=run.circumstances(),
         facts=facts_of(run),
@@ -260,16 +263,29 @@ def encoding_flops(tokenizer: DiscreteVAE, side: int) -> float:
     return float(counter.get_total_flops())
 
 
-def product_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
-    """The best rate of a few large square products, in FLOP/s."""
-    side = PRODUCT_SIDE[device.type]
-    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(6):
+class Product:
+    """A large square product of matrices, to judge FLOP/s by, in the same minutes as the steps."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.side = PRODUCT_SIDE[device.type]
+        self.left, self.right = (torch.randn(self.side, self.side, device=device).to(dtype) for _ in range(2))
+        self.flops = self.seconds = 0.0
+        self.once()
+
+    def once(self) -> float:
+        """Seconds of one product."""
         began = time.perf_counter()
-        (left @ right)[0, 0].tolist()  # waits until it is done
-        best = min(best, time.perf_counter() - began)
-    return 2.0 * side**3 / best
+        (self.left @ self.right)[0, 0].tolist()  # waits until it is done
+        return time.perf_counter() - began
+
+    def measure(self) -> None:
+        for _ in range(PRODUCTS):
+            self.seconds += self.once()
+            self.flops += 2.0 * self.side**3
+
+    @property
+    def flops_per_s(self) -> float:
+        return self.flops / max(self.seconds, 1e-9)
 
 
 def facts_of(run: Run) -> dict[str, str]:

@@ -78,13 +78,13 @@ def table(profile: Profile) -> str:
 
 def notes(profile: Profile) -> list[str]:
     """How it was measured, and what the table cannot say."""
-    marked, plain = profile.marked, profile.plain
+    marked, plain, product = profile.marked, profile.plain, profile.product_flops_per_s / scale(profile)
     result = [
         f"milliseconds of a step, mean of {marked.steps} with marks; {plain.steps} without, taken in turn with these, "
         f"took {milliseconds(plain.step_seconds)} each",
         f"marks cost a step {profile.overhead:+.1%} {'processor time' if profile.on_cpu else 'time'}; of that the "
         f"profiler's own {milliseconds(marking_seconds(profile))} ms are left out",
-        f"a large product of matrices reaches {profile.product_flops_per_s / scale(profile):.1f} {unit(profile)} here",
+        f"a large product of matrices, in turn with the steps, reached {product:.1f} {unit(profile)}",
     ]
     if profile.on_cpu:
         threads = profile.circumstances.threads
@@ -104,7 +104,7 @@ def sentence(profile: Profile) -> str:
     communication = next(row.seconds for row in parts if row.name == "communication") / profile.step_seconds
     largest = max((row for row in parts if row.name in OF_MODEL.values()), key=lambda row: row.seconds)
     detail = f" ({largest.name} {largest.seconds / profile.step_seconds:.0%}"
-    if largest.flops_per_s is not None:
+    if largest.flops_per_s is not None and not is_crowded(profile.pace, profile.circumstances):
         detail += f" at {largest.flops_per_s / profile.product_flops_per_s:.0%} of a large product's FLOP/s"
     return bottleneck(profile.pace, profile.circumstances, communication, f"{detail})")
 
