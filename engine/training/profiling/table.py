@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ..bottleneck import bottleneck, is_crowded
+from ..bottleneck import bottleneck, is_crowded, processors
 from ..timeline import Part, Phase
 from .measure import Profile
 
@@ -87,8 +87,7 @@ def notes(profile: Profile) -> list[str]:
         f"a large product of matrices, in turn with the steps, reached {product:.1f} {unit(profile)}",
     ]
     if profile.on_cpu:
-        threads = profile.circumstances.threads
-        result.append(f"the process had {profile.pace.processors:.2f} processors on average for its {threads} threads")
+        result.append(f"the process had {processors(profile.pace, profile.circumstances)}")
         if is_crowded(profile.pace, profile.circumstances):
             result[-1] += ": something else has the rest, and alone it is faster than this"
     if profile.device_idle is not None:
