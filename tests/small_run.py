@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_beit.engine.command_line import parse
 from fused_beit.engine.config import Settings
@@ -62,15 +61,3 @@ def train_rows(output_dir: Path) -> list[dict[str, Any]]:
 
 def losses(output_dir: Path) -> list[float]:
     return [row["loss"] for row in train_rows(output_dir)]
-
-
-WAITS_FOR_THE_DEVICE = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal", "masked_select", "unique")
-
-
-class RefuseWaiting(TorchDispatchMode):
-    """Fails on operators whose result the host must have before it can go on."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        assert name not in WAITS_FOR_THE_DEVICE, f"the step waits for the device in {name}"
-        return func(*args, **(kwargs or {}))

@@ -16,7 +16,15 @@ from fused_beit.engine.config import DataSettings, MaskSettings
 from fused_beit.engine.data import decode as decode_module
 from fused_beit.engine.data.decode import decode
 from fused_beit.engine.data.folder import ImageFolder
-from fused_beit.engine.data.loading import BadFile, BadPictureLog, Batch, check_readable, train_loader, val_batches
+from fused_beit.engine.data.loading import (
+    BadFile,
+    BadPictureLog,
+    Batch,
+    Making,
+    check_readable,
+    train_loader,
+    val_batches,
+)
 from fused_beit.engine.data.source import BadPicture
 from fused_beit.engine.errors import UserError
 
@@ -279,7 +287,7 @@ def test_one_readable_picture_among_bad_ones_is_found(tmp_path: Path) -> None:
 def batch_of(good: int, bad: int, start: int = 0) -> Batch:
     nothing = torch.zeros(0)
     files = [BadFile(f"{start + i}.jpg", "the file is empty") for i in range(bad)]
-    return Batch(nothing, nothing, nothing, torch.arange(good), files)
+    return Batch(nothing, nothing, nothing, torch.arange(good), files, Making(0, 0.0, 0.0))
 
 
 def test_bad_pictures_are_counted_once_and_listed() -> None:

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_run import RefuseWaiting, losses, make_tokenizer, small_argv, small_settings, train_rows
+from small_run import losses, make_tokenizer, small_argv, small_settings, train_rows
 
 from fused_beit.engine.command_line import options_of, parse
 from fused_beit.engine.errors import UserError
 from fused_beit.engine.tokenizer.dvae import DiscreteVAE
 from fused_beit.engine.tokenizer.files import save_tokenizer
-from fused_beit.engine.training.loop import Loop, StopRequest
+from fused_beit.engine.training.loop import StopRequest
 from fused_beit.engine.training.pretraining import pretrain
 from fused_beit.engine.training.run_folder import RunFolder
 
@@ -198,17 +198,6 @@ def test_evaluation_on_the_way_changes_no_loss(run):
     evaluated = run("evaluated", train__eval_every=2)
     assert losses(evaluated) == losses(run("plain"))
     assert sum("val_loss" in line for line in (evaluated / "metrics.jsonl").read_text().splitlines()) == 3
-
-
-def test_a_step_never_waits_for_the_device(run, monkeypatch):
-    step = Loop.train_step
-
-    def watched(self, *args):
-        with RefuseWaiting():
-            step(self, *args)
-
-    monkeypatch.setattr(Loop, "train_step", watched)
-    run(zero__stage=0, train__micro_batch=4)
 
 
 def test_a_signal_that_is_repeated_at_once_is_one_request():

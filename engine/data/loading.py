@@ -7,6 +7,7 @@ number alone, so a run is entered at any step at once.
 
 import contextlib
 import math
+import time
 from collections.abc import Generator, Iterator
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from ..config import DataSettings, MaskSettings
 from ..errors import UserError
@@ -37,6 +38,17 @@ class BadFile(NamedTuple):
     reason: str
 
 
+class Making(NamedTuple):
+    """What it took to make a batch."""
+
+    worker: int
+    """Number of the data worker that made it, from 0; 0 also where the training process makes its own."""
+    seconds: float
+    """From the first read to the last mask."""
+    processor_seconds: float
+    """The part of them in which a processor worked on it; for the rest, it waited: for storage or for a processor."""
+
+
 class Batch(NamedTuple):
     """B pictures as the model takes them: P of S x S pixels, T the side of the token view, M masked patches."""
 
@@ -50,13 +62,14 @@ class Batch(NamedTuple):
     """int64 `[B]`: place in the whole training stream, epoch x pictures + position"""
     bad: list[BadFile]
     """Pictures that could not be read, whose places others took."""
+    making: Making
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The batch with its tensors on a device."""
         patch_view, token_view, masked_positions, sample_ids = (
             tensor.to(device, non_blocking=non_blocking) for tensor in self[:4]
         )
-        return Batch(patch_view, token_view, masked_positions, sample_ids, self.bad)
+        return Batch(patch_view, token_view, masked_positions, sample_ids, self.bad, self.making)
 
 
 class _Batches(Dataset[Batch | str]):
@@ -73,6 +86,7 @@ class _Batches(Dataset[Batch | str]):
 
     def make(self, indices: NDArray[np.int64], sample_ids: NDArray[np.int64], epoch: int | None) -> Batch | str:
         """The batch of these pictures; an epoch of None: centred crops, and masks that depend on the picture alone."""
+        began, processor_began = time.perf_counter(), time.thread_time()
         numbers = None
         if epoch is not None:
             numbers = uniforms(self.seed, epoch, indices, int(Purpose.VIEW), count=NUM_UNIFORMS)
@@ -86,12 +100,18 @@ class _Batches(Dataset[Batch | str]):
             patch_views.append(views[0])
             token_views.append(views[1])
         masks = sample_masks(self.grid, self.mask, hash64_array(self.seed, stream, indices, int(Purpose.MASK)))
+        worker = get_worker_info()
         return Batch(
             patch_view=_channels_first(patch_views),
             token_view=_channels_first(token_views),
             masked_positions=torch.from_numpy(masks),
             sample_ids=torch.from_numpy(sample_ids),
             bad=bad,
+            making=Making(
+                0 if worker is None else worker.id,
+                time.perf_counter() - began,
+                time.thread_time() - processor_began,
+            ),
         )
 
     def _views(

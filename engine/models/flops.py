@@ -1,20 +1,30 @@
 """Work and size of a pre-training, counted from its settings."""
 
+from typing import NamedTuple
+
 from ..config import ModelSettings
 from .encoder import hidden_width
 
 
-def pretraining_flops(settings: ModelSettings, image_size: int, num_masked: int, vocab_size: int) -> float:
-    """Floating point operations of one pre-training step for one picture, forward and backward.
+class PartFlops(NamedTuple):
+    """Floating point operations of one part of the model for one picture."""
+
+    forward: float
+    backward: float
+
+
+def pretraining_flops_by_part(
+    settings: ModelSettings, image_size: int, num_masked: int, vocab_size: int
+) -> dict[str, PartFlops]:
+    """Floating point operations of one pre-training step for one picture, by the part of the model that does them.
 
     A multiply-add counts 2. With P patches of p x p pixels, N = P+1 tokens, width D, MLP width C, depth L, M masked
-    patches and V visual tokens:
+    patches and V visual tokens, the forward pass does
 
-        patches    2 P 3p^2 D
-        linears    2 N L (4 D^2 + 2 D C)        qkv, projection, fc1, fc2
-        attention  4 N^2 D L                    q k^T and attention times v
+        embed      2 P 3p^2 D
+        attention  2 N L 4 D^2 + 4 N^2 D L      qkv and projection; q k^T and attention times v
+        mlp        2 N L 2 D C                  fc1, fc2
         head       2 M D V                      on the masked tokens alone
-        step       3 (patches + linears + attention + head) - patches
 
     The backward pass is two products for each of the forward's, but no gradient of the pixels is taken. Norms, GELU,
     softmax, the frozen tokenizer and what is computed twice to save memory do not count, by convention.
@@ -22,11 +32,18 @@ def pretraining_flops(settings: ModelSettings, image_size: int, num_masked: int,
     num_patches = (image_size // settings.patch_size) ** 2
     num_tokens = num_patches + 1
     width, depth = settings.width, settings.depth
-    patches = 2 * num_patches * 3 * settings.patch_size**2 * width
-    linears = 2 * num_tokens * depth * (4 * width**2 + 2 * width * hidden_width(settings))
-    attention = 4 * num_tokens**2 * width * depth
-    head = 2 * num_masked * width * vocab_size
-    return float(3 * (patches + linears + attention + head) - patches)
+    embed = float(2 * num_patches * 3 * settings.patch_size**2 * width)
+    attention = float(2 * num_tokens * depth * 4 * width**2 + 4 * num_tokens**2 * width * depth)
+    mlp = float(2 * num_tokens * depth * 2 * width * hidden_width(settings))
+    head = float(2 * num_masked * width * vocab_size)
+    rest = {"attention": attention, "mlp": mlp, "head": head}
+    return {"embed": PartFlops(embed, embed)} | {name: PartFlops(flops, 2 * flops) for name, flops in rest.items()}
+
+
+def pretraining_flops(settings: ModelSettings, image_size: int, num_masked: int, vocab_size: int) -> float:
+    """All of `pretraining_flops_by_part`: one step for one picture, forward and backward."""
+    parts = pretraining_flops_by_part(settings, image_size, num_masked, vocab_size)
+    return sum(part.forward + part.backward for part in parts.values())
 
 
 def parameter_count(settings: ModelSettings, image_size: int, vocab_size: int) -> int:

@@ -2,8 +2,8 @@
 
 import signal
 import time
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
 
@@ -17,6 +17,8 @@ from ..tokenizer.dvae import DiscreteVAE
 from .evaluation import Evaluation, tokens_of
 from .metrics import MetricsLog, Progress
 from .optim import Schedule
+from .pace import Pace
+from .timeline import Phase, by_phase, timeline
 from .zero import ZeroEngine, reduce_sum
 
 
@@ -72,6 +74,8 @@ class Loop:
     steps_per_epoch: int
     flops_per_picture: float
     peak_flops: float | None
+    paces: list[Pace] = field(default_factory=list)
+    """Of the steps before the first log line, and of all later ones together."""
 
     def run(self, start_step: int, end_step: int) -> int:
         """Train from `start_step` steps done to `end_step`; returns the steps done."""
@@ -101,28 +105,35 @@ class Loop:
 
     def train_step(self, step: int, interval: "Interval") -> None:
         """One optimizer step; `step` counts from 0."""
-        engine = self.engine
+        engine, seed, enter = self.engine, self.settings.train.seed, interval.timeline.enter
         self.schedule.apply(engine.param_groups, step)
         for _ in range(engine.accumulation):
+            enter(Phase.DATA)
             try:
-                batch = interval.wait_for(self.batches)
+                batch = next(self.batches)
                 self.bad_pictures.add(batch)
             except UserError as error:
                 raise RankError(str(error)) from None
+            enter(Phase.TRANSFER)
             batch = batch.to(engine.runtime.device, non_blocking=True)
+            enter(Phase.TOKENIZER)
             token_ids = tokens_of(self.tokenizer, batch)
-            loss, accuracy = engine(
-                batch.patch_view, batch.masked_positions, token_ids, batch.sample_ids, self.settings.train.seed
-            )
+            enter(Phase.FORWARD)
+            loss, accuracy = engine(batch.patch_view, batch.masked_positions, token_ids, batch.sample_ids, seed)
+            enter(Phase.BACKWARD)
             engine.backward(loss)
+            enter(Phase.OPTIMIZER)
             engine.step()
-            interval.add(loss, accuracy)
+            enter(Phase.REST)
+            interval.add(batch, loss, accuracy)
 
     def report(self, done: int, interval: "Interval") -> bool:
         """Read the interval's figures from the device, say them, and tell whether a rank was asked to stop."""
         engine, train = self.engine, self.settings.train
         figures = interval.figures(engine, self.bad_pictures.count, self.stop.received)
         seconds = interval.seconds()
+        pace = interval.pace()
+        self.paces = [*self.paces[:1], sum(self.paces[1:], pace)]
         pictures_per_s = interval.steps(engine.accumulation) * train.global_batch / max(seconds, 1e-9)
         row: dict[str, Any] = {
             "step": done,
@@ -135,7 +146,8 @@ class Loop:
             "skipped": int(figures["skipped"]),
             "bad_pictures": int(figures["bad_pictures"]),
             "images_per_s": pictures_per_s,
-            "data_wait": interval.waited / max(seconds, 1e-9),
+            "data_wait": pace.share(Phase.DATA),
+            "data_per_s": pace.made_per_s,
         }
         if self.peak_flops is not None:
             row["mfu"] = pictures_per_s * self.flops_per_picture / (self.peak_flops * engine.runtime.world_size)
@@ -149,6 +161,10 @@ class Loop:
                 f"lower optim.lr, a longer warm-up, optim.clip_grad, or train.precision fp32."
             )
         return figures["stop"] > 0
+
+    def pace(self) -> Pace:
+        """Of this session, without the steps before its first log line: there everything is done for the first time."""
+        return self.paces[-1] if self.paces else Pace()
 
     def close(self) -> None:
         self.progress.close()
@@ -175,28 +191,30 @@ class Loop:
 
 
 class Interval:
-    """Sums between two logged steps, kept on the device, and the host's waiting times."""
+    """Sums between two logged steps, kept on the device, and where the time went."""
 
     def __init__(self, device: torch.device):
         self.sums = torch.zeros(2, device=device)
         self.passes = 0
+        self.timeline = timeline(device)
         self.restart()
 
     def restart(self) -> None:
         """Leave out of the speed what was not training."""
         self.timed_from = self.passes
-        self.waited = 0.0
-        self.began = time.monotonic()
+        self.taken = Pace()
+        self.timeline.restart()
+        self.began, self.processor_began = time.monotonic(), time.process_time()
 
-    def wait_for(self, batches: Iterator[Batch]) -> Batch:
-        before = time.monotonic()
-        batch = next(batches)
-        self.waited += time.monotonic() - before
-        return batch
-
-    def add(self, loss: Tensor, accuracy: Tensor) -> None:
+    def add(self, batch: Batch, loss: Tensor, accuracy: Tensor) -> None:
         self.sums += torch.stack([loss.detach(), accuracy]).float()
+        self.taken = self.taken.taking(batch)
         self.passes += 1
+
+    def pace(self) -> Pace:
+        """Speed of this rank and where its time went; read only where the host waits for the device anyway."""
+        processor_seconds = time.process_time() - self.processor_began
+        return replace(self.taken, phases=by_phase(self.timeline.seconds()), processor_seconds=processor_seconds)
 
     def seconds(self) -> float:
         return time.monotonic() - self.began

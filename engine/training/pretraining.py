@@ -1,7 +1,9 @@
 """A whole pre-training: builds the pieces from the settings, runs the loop, leaves checkpoint and report."""
 
+import os
 import shlex
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -25,6 +27,7 @@ from ..models.mim import MaskedImageModel
 from ..tokenizer.files import identity, load_tokenizer
 from ..tokenizer.flops import TokenizerSize
 from . import checkpoint, zero
+from .bottleneck import Circumstances, bottleneck
 from .deepspeed_json import resolve_stage
 from .evaluation import Evaluation, evaluate, fill_pictures
 from .header import header, human_bytes
@@ -49,32 +52,47 @@ def pretrain(settings: Settings) -> bool:
     Raises:
         UserError: for anything the user can mend.
     """
+    with open_run(settings) as run:
+        if run.start_step >= run.end_step:
+            if run.first:
+                print(f"step {run.start_step} of {run.total_steps} is done already; there is nothing to do")
+            return True
+        with run.loop.stop:
+            done = run.loop.run(run.start_step, run.end_step)
+        return run.finish(done)
+
+
+@contextmanager
+def open_run(settings: Settings, *, rehearsal: bool = False) -> Iterator["Run"]:
+    """All pieces of a run in its claimed output folder, until the `with` block ends. Every rank enters it.
+
+    rehearsal: only time is measured. Where no tokenizer is given an untrained one of the same shape does, no metrics
+               are kept, and an output folder that a run has used is left alone.
+
+    Raises:
+        UserError: for anything the user can mend.
+    """
     folder = RunFolder(settings.output_dir)
-    folder.refuse_if_used(settings)
+    folder.refuse_if_used(settings, rehearsal=rehearsal)
     implementations = resolve_implementations(settings.train.impl)
     pictures = open_pictures(settings.data, settings.train.seed)
     run_length(settings, len(pictures.train))
     runtime = zero.start(settings)
     first = runtime.rank == 0
     zero.deepspeed_config(settings, runtime.world_size, bf16=resolve_bf16(settings, runtime.device))
-    check_tokenizer(settings, len(pictures.train))
+    if not rehearsal or settings.tokenizer.path is not None:
+        check_tokenizer(settings, len(pictures.train))
     resume_from, manifest, problems = zero.on_first_rank(partial(find_resume, settings))
     if resume_from is not None:
         stage = resolve_stage(settings, runtime.world_size)
         zero.refuse_other_shape(manifest, folder=resume_from, world_size=runtime.world_size, stage=stage)
-    zero.on_first_rank(partial(folder.claim, clear=settings.overwrite))
+    zero.on_first_rank(partial(folder.claim, clear=settings.overwrite and not rehearsal))
     with folder:
         for problem in [*problems, *slow_precision(settings, runtime.device)] if first else []:
             print(f"warning: {problem}", flush=True)
-        run = Run(settings, folder, pictures, runtime, implementations, resume_from, manifest)
+        run = Run(settings, folder, pictures, runtime, implementations, resume_from, manifest, rehearsal=rehearsal)
         try:
-            if run.start_step >= run.end_step:
-                if first:
-                    print(f"step {run.start_step} of {run.total_steps} is done already; there is nothing to do")
-                return True
-            with run.loop.stop:
-                done = run.loop.run(run.start_step, run.end_step)
-            return run.finish(done)
+            yield run
         finally:
             run.loop.close()
 
@@ -90,6 +108,7 @@ class Run:
         implementations: what each operator was resolved to.
         resume_from: a sound checkpoint to go on from, or None.
         manifest: of that checkpoint.
+        rehearsal: see `open_run`.
     """
 
     def __init__(
@@ -101,12 +120,14 @@ class Run:
         implementations: dict[str, Resolved],
         resume_from: Path | None,
         manifest: dict[str, Any],
+        *,
+        rehearsal: bool,
     ):
         self.settings, self.folder, self.pictures, self.runtime = settings, folder, pictures, runtime
         self.first = runtime.rank == 0
         self.facts = run_facts(runtime.device)
         self.tokenizer, tokenizer_facts = prepare_tokenizer(
-            settings, folder, pictures.train, runtime, resume_from=resume_from
+            settings, folder, pictures.train, runtime, resume_from=resume_from, trained=not rehearsal
         )
         self.bf16 = resolve_bf16(settings, runtime.device)
         self.inputs = {
@@ -153,7 +174,7 @@ class Run:
             batches=loader,
             schedule=Schedule(settings.optim, self.total_steps, self.steps_per_epoch),
             settings=settings,
-            log=MetricsLog(folder.path, self.start_step) if self.first else None,
+            log=MetricsLog(folder.path, self.start_step) if self.first and not rehearsal else None,
             progress=Progress(self.end_step, self.start_step, enabled=self.first),
             bad_pictures=BadPictureLog(data.max_bad_share),
             stop=StopRequest(),
@@ -238,9 +259,25 @@ class Run:
         link_model(newest / "model.safetensors", folder.model)
         write_report(folder.report, self.report(done, evaluation, rows, bad))
         print(f"trained {done - self.start_step} steps in {duration(self.loop.progress.seconds())}")
+        print(self.bottleneck())
         print(f"  report      {folder.report}\n  weights     {folder.model}\n  checkpoint  {newest}")
         if done < self.total_steps:
             print(f"step {done} of {self.total_steps} was asked for; go on with --resume auto")
+
+    def bottleneck(self) -> str:
+        """What bound this session's speed, and what to change."""
+        return bottleneck(self.loop.pace(), self.circumstances())
+
+    def circumstances(self) -> Circumstances:
+        settings, runtime = self.settings, self.runtime
+        fast_bf16 = has_bf16() if runtime.device.type == "cpu" else torch.cuda.is_bf16_supported()
+        return Circumstances(
+            workers=settings.data.workers,
+            cores=max(1, len(os.sched_getaffinity(0)) // runtime.local_world_size),
+            threads=runtime.threads if runtime.device.type == "cpu" else None,
+            bf16_untried=fast_bf16 and not self.bf16,
+            trains_tokenizer=settings.tokenizer.path is None,
+        )
 
     def report(self, done: int, evaluation: Evaluation | None, rows: list[PictureRow], bad: dict[str, str]) -> Report:
         settings, folder = self.settings, self.folder
@@ -266,6 +303,7 @@ class Run:
             images_seen=done * settings.train.global_batch,
             duration=training_seconds(history, settings.train.global_batch),
             notes=notes,
+            bottleneck=self.bottleneck(),
             skipped_steps=max((row.get("skipped") or 0 for row in history), default=0),
             pictures=rows,
             bad_pictures=[f"{name}: {reason}" for name, reason in bad.items()][:50],

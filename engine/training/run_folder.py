@@ -36,17 +36,23 @@ class RunFolder:
         self.lock = path / ".lock"
         self._lock_file: TextIO | None = None
 
-    def refuse_if_used(self, settings: Settings) -> None:
-        """Raise `UserError` for a folder that holds anything, unless the run resumes or may overwrite."""
+    def refuse_if_used(self, settings: Settings, *, rehearsal: bool = False) -> None:
+        """Raise `UserError` for a folder that holds anything, unless the run resumes or may overwrite.
+
+        A rehearsal never takes the folder of a run.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output_dir = {self.path} is a file; give a folder.")
+        if rehearsal and self.checkpoints.exists():
+            raise UserError(f"output_dir = {self.path} holds a run; give another --output_dir.")
         if settings.resume == "auto" or settings.overwrite or not self.path.exists():
             return
         found = sorted(entry.name for entry in self.path.iterdir() if entry != self.lock)
         if found:
             raise UserError(
                 f"output_dir = {self.path} is not empty (it holds {found[0]}{', ...' if len(found) > 1 else ''}); "
-                f"add --resume auto to go on, --overwrite to start anew, or give another --output_dir."
+                f"add {'' if rehearsal else '--resume auto to go on, '}--overwrite to start anew, or give another "
+                f"--output_dir."
             )
 
     def claim(self, *, clear: bool) -> None:

@@ -18,12 +18,26 @@ from .run_folder import RunFolder
 
 
 def prepare_tokenizer(
-    settings: Settings, folder: RunFolder, pictures: Source, runtime: zero.Runtime, *, resume_from: Path | None
+    settings: Settings,
+    folder: RunFolder,
+    pictures: Source,
+    runtime: zero.Runtime,
+    *,
+    resume_from: Path | None,
+    trained: bool = True,
 ) -> tuple[DiscreteVAE, dict[str, str]]:
     """The frozen tokenizer on the run's device, and facts about it for the header.
 
     Trained on rank 0 alone, with the threads that one rank would have, so that every world size gets the same one.
+
+    trained: off, an untrained one of the same shape stands for one that would have to be trained: it is as fast
     """
+    if settings.tokenizer.path is None and not trained:
+        wanted = settings.tokenizer
+        stand_in = DiscreteVAE(wanted.vocab_size, wanted.width, wanted.groups, wanted.blocks_per_group)
+        stand_in.requires_grad_(False).eval().to(runtime.device)
+        facts = {"file": "none, an untrained one stands for it", "codes": str(stand_in.vocab_size)}
+        return stand_in, facts | {"pixels a token": str(stand_in.stride)}
     path = settings.tokenizer.path or folder.tokenizer
     if settings.tokenizer.path is None:
 

@@ -152,6 +152,18 @@ def from_all_ranks(value: Tensor) -> list[Tensor]:
     return [tensor.cpu() for tensor in gathered]
 
 
+# Methods of `collectives()` through which DeepSpeed and `reduce_sum` exchange tensors in a step.
+COLLECTIVES = (
+    "all_reduce", "all_reduce_coalesced", "reduce", "broadcast", "reduce_scatter_tensor", "all_gather_into_tensor",
+    "all_gather", "all_gather_coalesced", "all_to_all_single",
+)  # fmt: skip
+
+
+def collectives() -> Any:
+    """DeepSpeed's communication backend, whose methods all its collectives call."""
+    return importlib.import_module("deepspeed.comm.comm").cdb
+
+
 def union(found: dict[str, str]) -> dict[str, str]:
     """The dictionaries of all ranks in one."""
     gathered: list[Any] = [found]

@@ -63,6 +63,8 @@ class Report:
     """Pictures trained on, repetitions counted."""
     duration: float | None = None
     """Seconds from the first step to the end."""
+    bottleneck: str = ""
+    """What bound the speed and what to change, a sentence."""
     skipped_steps: int = 0
     """Steps skipped because a gradient was not finite."""
 

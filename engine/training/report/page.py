@@ -166,9 +166,10 @@ def _curves(report: Report) -> str:
     )
     if 'class="band"' in drawn_large:
         explain += " A line is the mean of neighbouring steps, its band reaches from the lowest to the highest of them."
+    bottleneck = f'<p class="explain">{escape(report.bottleneck)}</p>' if report.bottleneck else ""
     return (
         f'<div class="large">{drawn_large}</div><p class="explain">{escape(explain)}</p>'
-        f'<div class="small-charts">{drawn_small}</div>'
+        f'<div class="small-charts">{drawn_small}</div>{bottleneck}'
     )
 
 

@@ -1,0 +1,92 @@
+"""How fast some training steps were and where their time went, on one rank, from what the loop measures anyway."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from ..data.loading import Batch, Making
+from .timeline import Phase
+
+
+@dataclass(frozen=True)
+class Made:
+    """What one data worker made."""
+
+    pictures: int = 0
+    seconds: float = 0.0
+    processor_seconds: float = 0.0
+
+    def __add__(self, other: "Made") -> "Made":
+        return Made(
+            self.pictures + other.pictures,
+            self.seconds + other.seconds,
+            self.processor_seconds + other.processor_seconds,
+        )
+
+    @property
+    def per_s(self) -> float:
+        """Pictures that it makes in a second, when it makes any."""
+        return self.pictures / max(self.seconds, 1e-9)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Steps of this rank: pictures, seconds, and whose seconds they were."""
+
+    pictures: int = 0
+    phases: Mapping[Phase, float] = field(default_factory=dict)
+    """Seconds of each phase; together they are all the time there was."""
+    made: Mapping[int, Made] = field(default_factory=dict)
+    """What each worker made, by its number."""
+    processor_seconds: float = 0.0
+    """Of all threads of this process, its data workers not counted."""
+
+    def __add__(self, other: "Pace") -> "Pace":
+        phases = {phase: self.phases.get(phase, 0.0) + other.phases.get(phase, 0.0) for phase in Phase}
+        made = {
+            worker: self.made.get(worker, Made()) + other.made.get(worker, Made())
+            for worker in sorted({*self.made, *other.made})
+        }
+        processor_seconds = self.processor_seconds + other.processor_seconds
+        return Pace(self.pictures + other.pictures, phases, made, processor_seconds)
+
+    def taking(self, batch: Batch) -> "Pace":
+        """With the pictures of one more batch."""
+        making: Making = batch.making
+        pictures = len(batch.sample_ids)
+        made = Made(pictures, making.seconds, making.processor_seconds)
+        before = self.made.get(making.worker, Made())
+        return replace(self, pictures=self.pictures + pictures, made={**self.made, making.worker: before + made})
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.phases.values())
+
+    @property
+    def per_s(self) -> float:
+        """Pictures trained on in a second."""
+        return self.pictures / max(self.seconds, 1e-9)
+
+    def share(self, *phases: Phase) -> float:
+        """Share of the time that these phases took."""
+        return sum(self.phases.get(phase, 0.0) for phase in phases) / max(self.seconds, 1e-9)
+
+    @property
+    def could_per_s(self) -> float:
+        """Pictures a second if none had to be waited for."""
+        return self.per_s / max(1 - self.share(Phase.DATA), 1e-9)
+
+    @property
+    def made_per_s(self) -> float:
+        """Pictures a second that the workers can make; batches are taken in turn, so the slowest sets the pace."""
+        return len(self.made) * min((made.per_s for made in self.made.values()), default=0.0)
+
+    @property
+    def processors(self) -> float:
+        """Processors that this process had on average while it did not wait for pictures."""
+        return self.processor_seconds / max(self.seconds - self.phases.get(Phase.DATA, 0.0), 1e-9)
+
+    @property
+    def making_share(self) -> float:
+        """Share of the workers' own time in which a processor worked."""
+        seconds = sum(made.seconds for made in self.made.values())
+        return sum(made.processor_seconds for made in self.made.values()) / max(seconds, 1e-9)

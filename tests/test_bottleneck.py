@@ -1,0 +1,167 @@
+"""What bounds a run's speed, from its times; and those times: nothing between two marks is lost."""
+
+from dataclasses import replace
+
+import pytest
+
+from fused_beit.engine.training import timeline
+from fused_beit.engine.training.bottleneck import Circumstances, bottleneck
+from fused_beit.engine.training.pace import Made, Pace
+from fused_beit.engine.training.timeline import Part, Phase, StreamTimeline, Timeline, by_phase
+
+CPU = Circumstances(workers=2, cores=16, threads=None, bf16_untried=False, trains_tokenizer=False)
+
+
+def pace(pictures=1000, made=None, **seconds):
+    """Seconds by the name of the phase; by default two workers that could make 500 pictures a second together."""
+    phases = {phase: seconds.get(phase.value, 0.0) for phase in Phase}
+    return Pace(pictures, phases, {0: Made(500, 2.0, 2.0), 1: Made(500, 2.0, 2.0)} if made is None else made)
+
+
+def test_a_starved_run_names_the_workers_rate_the_steps_and_how_many_it_takes():
+    said = bottleneck(pace(data=1.0, forward=0.5, backward=0.5), CPU)
+    assert said == (
+        "Waits 50% of the time for pictures: 2 workers make 500/s, the rest of the step could take 1,000/s; "
+        "raise --data.workers to 4."
+    )
+
+
+def test_where_there_are_too_few_cores_smaller_pictures_are_advised():
+    few = Circumstances(workers=2, cores=3, threads=None, bf16_untried=False, trains_tokenizer=False)
+    said = bottleneck(pace(data=1.0, forward=1.0), few)
+    assert "4 workers and there are 3 cores" in said
+    assert "data.image_size" in said
+    assert said.endswith("set --data.workers to 3.")
+
+
+def test_workers_that_wait_for_storage_are_told_from_those_that_compute():
+    waiting = {0: Made(500, 2.0, 0.2), 1: Made(500, 2.0, 0.2)}
+    said = bottleneck(pace(data=1.0, forward=1.0, made=waiting), CPU)
+    assert "90% of a worker's time is not spent computing" in said
+    assert "faster storage" in said
+
+
+def test_one_slow_worker_among_others_is_named():
+    made = {0: Made(300, 1.0, 1.0), 1: Made(300, 1.0, 1.0), 2: Made(300, 3.0, 3.0)}
+    said = bottleneck(pace(data=1.0, forward=1.0, made=made), CPU)
+    assert "3 workers make 300/s" in said
+    assert "worker 2 takes 3.0 times as long as the others" in said
+
+
+def test_pictures_made_fast_enough_that_come_late_are_not_called_too_few():
+    fast = {0: Made(500, 0.5, 0.5), 1: Made(500, 0.5, 0.5)}
+    assert "far longer to make or to hand over" in bottleneck(pace(data=1.0, forward=1.0, made=fast), CPU)
+
+
+def test_without_workers_the_training_process_is_named():
+    none = Circumstances(workers=0, cores=4, threads=None, bf16_untried=False, trains_tokenizer=False)
+    said = bottleneck(pace(data=1.0, forward=1.0, made={0: Made(1000, 1.0, 1.0)}), none)
+    assert "the training process itself makes 1,000/s" in said
+    assert said.endswith("raise --data.workers to 1.")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        ({"forward": 0.3, "backward": 0.4, "tokenizer": 0.25}, ["Bound by the model", "take 70%", "the tokenizer 25%"]),
+        ({"forward": 0.2, "tokenizer": 0.75}, ["Bound by the tokenizer", "a smaller tokenizer costs less"]),
+        ({"forward": 0.2, "optimizer": 0.75}, ["Bound by the optimizer", "--train.global_batch"]),
+        ({"forward": 0.2, "rest": 0.75}, ["between the steps", "--train.log_every"]),
+        ({"forward": 0.2, "transfer": 0.75}, ["Bound by the way to the device"]),
+    ],
+)
+def test_a_run_that_is_not_starved_says_what_bounds_it(seconds, words):
+    said = bottleneck(pace(**seconds, data=0.05), CPU)
+    for word in [*words, "waiting for pictures 5%", "2 workers make 500/s"]:
+        assert word in said
+
+
+def test_communication_is_no_longer_the_models_when_it_is_known():
+    times = pace(forward=0.3, backward=0.7)
+    assert "Bound by the model" in bottleneck(times, CPU)
+    assert "Bound by communication" in bottleneck(times, CPU, communication=0.6)
+
+
+def test_bf16_is_advised_only_where_it_was_not_tried_and_is_fast():
+    untried = Circumstances(workers=2, cores=2, threads=None, bf16_untried=True, trains_tokenizer=False)
+    assert "bf16" in bottleneck(pace(forward=1.0), untried)
+    assert "bf16" not in bottleneck(pace(forward=1.0), CPU)
+
+
+@pytest.mark.parametrize(("processor_seconds", "crowded"), [(0.9, True), (1.7, False)])
+def test_threads_that_had_to_share_their_processors_are_told_so_before_anything_else(processor_seconds, crowded):
+    on_cpu = replace(CPU, threads=2)
+    times = replace(pace(forward=1.0), processor_seconds=processor_seconds)
+    assert ("it had 0.90 processors for its 2 threads" in bottleneck(times, on_cpu)) == crowded
+    assert "processors" not in bottleneck(times, CPU), "a GPU trains: the host's threads say nothing"
+
+
+def test_a_session_without_steps_says_so():
+    assert bottleneck(Pace(), CPU) == "No step was timed."
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock to set: `clock[0]` is the time in seconds."""
+    now = [0.0]
+    monkeypatch.setattr(timeline.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def walk(line, clock, seconds):
+    """Each phase and part for so many seconds."""
+    for key, duration in seconds:
+        line.enter(*key) if isinstance(key, tuple) else line.enter_part(key)
+        clock[0] += duration
+
+
+STEP = [((Phase.DATA,), 1.0), ((Phase.FORWARD,), 2.0), (Part.MLP, 3.0), (Part.OTHER, 4.0), ((Phase.REST,), 5.0)]
+
+
+def test_every_moment_belongs_to_one_phase_and_part(clock):
+    line = Timeline()
+    walk(line, clock, STEP)
+    walk(line, clock, STEP)
+    seconds = line.seconds()
+    assert {key: value for key, value in seconds.items() if value} == {
+        (Phase.DATA, Part.OTHER): 2.0,
+        (Phase.FORWARD, Part.OTHER): 12.0,
+        (Phase.FORWARD, Part.MLP): 6.0,
+        (Phase.REST, Part.OTHER): 10.0,
+    }
+    assert by_phase(seconds)[Phase.FORWARD] == 18.0
+    assert sum(seconds.values()) == clock[0]
+
+
+def test_restarting_forgets_what_was(clock):
+    line = Timeline()
+    walk(line, clock, STEP)
+    line.restart()
+    clock[0] += 1.0
+    assert line.seconds() == {(Phase.REST, Part.OTHER): 1.0}
+
+
+def test_a_gpus_timeline_gives_the_same_from_its_events(clock, monkeypatch):
+    class Event:
+        """As torch's, on the clock of the test."""
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock[0]
+
+        def elapsed_time(self, end):
+            return 1000 * (end.at - self.at)
+
+        def synchronize(self):
+            pass
+
+    monkeypatch.setattr(timeline.torch.cuda, "Event", Event)
+    line = StreamTimeline()
+    walk(line, clock, STEP)
+    once = {(Phase.DATA, Part.OTHER): 1.0, (Phase.FORWARD, Part.OTHER): 6.0}
+    once |= {(Phase.FORWARD, Part.MLP): 3.0, (Phase.REST, Part.OTHER): 5.0}
+    assert {key: value for key, value in line.seconds().items() if value} == once
+    walk(line, clock, STEP)
+    assert {key: value for key, value in line.seconds().items() if value} == {key: 2 * v for key, v in once.items()}
