@@ -77,7 +77,7 @@ ON_GPU = (
     AttentionCase("base-64", 64, 12, 14),
     AttentionCase("base-256", 256, 12, 14),
 )
-# In fp32, for many processors multiply bf16 a hundred times slower. With few heads, as of a tiny model, more tokens and
+# In fp32, for many processors have no products of bf16. With few heads, as of a tiny model, more tokens and
 # more pictures, to see how the cost grows.
 ON_CPU = (
     AttentionCase("cpu", 2, 12, 14, dtype=torch.float32),

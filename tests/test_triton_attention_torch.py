@@ -6,6 +6,7 @@ from torch.utils.checkpoint import checkpoint
 from triton_families import FAMILIES, FUSED, NEEDS_INTERPRETER, POINTER, exact_products  # noqa: F401
 
 from fused_beit.kernels import attention, rel_pos_attention
+from fused_beit.kernels._triton.launching import product_precision
 from fused_beit.kernels.rel_pos_attention import launch
 from fused_beit.kernels.rel_pos_attention.plan import pinned
 from fused_beit.kernels.testing import assert_parity, outputs_and_grads, rel_pos_attention_inputs
@@ -23,6 +24,23 @@ def reference(qkv, bias, **options):
 
 def equal(found, expected):
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("by", ["set_float32_matmul_precision", "fp32_precision"])
+def test_products_of_fp32_are_exact_unless_torch_was_told_that_they_need_not_be(by):
+    assert product_precision(torch.float32) == "ieee"
+    before = torch.get_float32_matmul_precision(), torch.backends.cuda.matmul.fp32_precision
+    try:
+        if by == "fp32_precision":
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+        else:
+            torch.set_float32_matmul_precision("high")
+        assert product_precision(torch.float32) == "tf32"
+        assert product_precision(torch.float16) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cuda.matmul.fp32_precision = before[1]
+    assert product_precision(torch.float32) == "ieee"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -239,10 +239,11 @@ def test_two_runs_give_the_same_bits(small_tiles, operator):
 @pytest.mark.parametrize("width", [64, 768, 1408])
 @pytest.mark.parametrize("num_rows", [1, 7, 25_216, 1_000_003])
 def test_the_rows_of_a_program_follow_from_shape_and_architecture_alone(arch, width, num_rows):
-    each = launch.rows_a_program(num_rows, width, arch)
+    row = rows.cut(width, launch.TILE)
+    each = rows.rows_a_program(num_rows, row, arch)
     num_programs = -(-num_rows // each)
-    assert each % rows.cut(width, launch.TILE).rows == 0
-    assert num_programs <= rows.PROGRAMS.get(arch, rows.OTHER_PROGRAMS)
+    assert each % row.rows == 0
+    assert num_programs <= rows.num_programs(arch)
 
 
 @pytest.mark.parametrize(

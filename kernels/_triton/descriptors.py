@@ -43,6 +43,7 @@ def align_rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 _templates: dict[tuple[Any, ...], Any] = {}
+MOST_TEMPLATES = 4096
 
 
 def source(tensor: Tensor, rows: int, cols: int, tma: bool) -> object:
@@ -59,6 +60,8 @@ def source(tensor: Tensor, rows: int, cols: int, tma: bool) -> object:
 
         template = TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, 1, rows, cols])
         template.base = None  # the tensor may go; its layout is what is kept
+        if len(_templates) == MOST_TEMPLATES:
+            _templates.clear()  # shapes that keep changing
         _templates[key] = template
     descriptor = object.__new__(type(template))
     descriptor.__dict__.update(template.__dict__, base=tensor)

@@ -14,5 +14,5 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 def product_precision(dtype: torch.dtype) -> str:
-    """`input_precision` of tl.dot: fp32 is exact unless torch was told that its products need not be."""
-    return "tf32" if dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """`input_precision` of tl.dot: fp32 is exact unless torch was told, in any of its ways, that it need not be."""
+    return "tf32" if dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -42,9 +42,18 @@ def cut(width: int, tile: int) -> Cut:
     return Cut(main, tail, max(1, tile // triton.next_power_of_2(width)))
 
 
-def row_arguments(width: int, tile: int, dtype: torch.dtype, num_warps: int) -> dict[str, Any]:
+def num_programs(arch: str) -> int:
+    """Programs that sum over rows on this architecture."""
+    return PROGRAMS.get(arch, OTHER_PROGRAMS)
+
+
+def rows_a_program(num_rows: int, row: Cut, arch: str) -> int:
+    """Rows that each program sums: whole tiles, as even as so many programs can be."""
+    return triton.cdiv(triton.cdiv(num_rows, num_programs(arch)), row.rows) * row.rows
+
+
+def row_arguments(width: int, row: Cut, dtype: torch.dtype, num_warps: int) -> dict[str, Any]:
     """What every kernel over rows of this width is launched with, to compute what is of this dtype."""
-    row = cut(width, tile)
     return {
         "D": width,
         "MAIN": row.main,

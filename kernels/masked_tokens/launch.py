@@ -3,12 +3,11 @@
 B pictures, P patches, M slots for positions, D channels.
 """
 
-import torch
 import triton
 from torch import Tensor
 
 from .._triton.launching import on_device
-from .._triton.rows import OTHER_PROGRAMS, PROGRAMS, Cut, cut, row_arguments
+from .._triton.rows import Cut, cut, num_programs, row_arguments, rows_a_program
 from .._triton.target import arch_of
 from ..precision import accumulate_dtype
 from .gather import gather_bwd_kernel, gather_fwd_kernel, gather_sums_kernel
@@ -19,6 +18,8 @@ TILE = 2048
 """Most numbers of each tensor that a program holds at a time, counting a width as the next power of two."""
 COMPARED = 128
 """Most pairs of a row and a slot that are compared at a time."""
+COMPARED_IN_ALL = 1024
+"""Most such pairs of a tile where its rows can be fewer: each takes 16 bytes of shared memory in a backward."""
 FORWARD_WARPS = 1
 BACKWARD_WARPS = 4
 STAGES = 3
@@ -28,13 +29,16 @@ SUM_ROWS = 64
 SUM_CONFIG = {"COLS": 32, "num_warps": 4, "enable_fp_fusion": True}
 
 
+def _cut(width: int, num_slots: int) -> Cut:
+    """How a row is cut whose place is looked up among so many slots."""
+    rows = cut(width, TILE)
+    most = 1 << max(0, (COMPARED_IN_ALL // max(1, num_slots)).bit_length() - 1)
+    return rows._replace(rows=min(rows.rows, most))
+
+
 def _slot_arguments(num_slots: int, rows: Cut) -> dict[str, int]:
     chunk = min(triton.next_power_of_2(max(1, num_slots)), max(1, COMPARED // rows.rows))
     return {"CHUNK": chunk, "CHUNKS": triton.cdiv(num_slots, chunk)}
-
-
-def _programs(device: torch.device) -> int:
-    return PROGRAMS.get(arch_of(device), OTHER_PROGRAMS)
 
 
 def _partials(out: Tensor | None, *shape: int) -> Tensor | None:
@@ -54,7 +58,7 @@ def place_fwd(
     """Fill out [B, P+1, D], or [B, M+1, D] where place is "keep"."""
     num_rows, width = out.shape[0] * out.shape[1], out.shape[2]
     num_slots = 0 if positions is None else positions.shape[1]
-    rows = cut(width, TILE)
+    rows = _cut(width, num_slots)
     inputs = [
         None if tensor is None else tensor.contiguous()
         for tensor in (source, cls_token, mask_token, pos_embed, positions)
@@ -68,7 +72,7 @@ def place_fwd(
             num_slots,
             PLACE=place,
             **_slot_arguments(num_slots, rows),
-            **row_arguments(width, TILE, out.dtype, FORWARD_WARPS),
+            **row_arguments(width, rows, out.dtype, FORWARD_WARPS),
         )
 
 
@@ -87,9 +91,9 @@ def place_bwd(
     """
     num_pictures, width = grad.shape[0], grad.shape[2]
     num_slots = 0 if positions is None else positions.shape[1]
-    rows = cut(width, TILE)
+    rows = _cut(width, num_slots)
     num_tiles = triton.cdiv(num_patches + 1, rows.rows)
-    num_groups = min(num_pictures, triton.cdiv(_programs(grad.device), num_tiles))
+    num_groups = min(num_pictures, triton.cdiv(num_programs(arch_of(grad.device)), num_tiles))
     pictures_each = triton.cdiv(num_pictures, num_groups)
     num_groups = triton.cdiv(num_pictures, pictures_each)
     num_sums = 0 if grad_tokens is None else grad_tokens.shape[0]
@@ -110,7 +114,7 @@ def place_bwd(
             PLACE=place,
             STAGES=STAGES,
             **_slot_arguments(num_slots, rows),
-            **row_arguments(width, TILE, grad.dtype, BACKWARD_WARPS),
+            **row_arguments(width, rows, grad.dtype, BACKWARD_WARPS),
         )
         if token_sums is not None or mask_sums is not None:
             num_columns = max(width, num_sums * width)
@@ -155,7 +159,7 @@ def gather_fwd(
             positions.shape[1],
             num_prefix_tokens,
             EPS=eps,
-            **row_arguments(x.shape[2], TILE, x.dtype, FORWARD_WARPS),
+            **row_arguments(x.shape[2], rows, x.dtype, FORWARD_WARPS),
         )
 
 
@@ -173,12 +177,12 @@ def gather_bwd(
 ) -> None:
     """Fill the gradients that are given."""
     num_rows, num_slots, width = x.shape[0] * x.shape[1], positions.shape[1], x.shape[2]
-    rows = cut(width, TILE)
-    rows_each = triton.cdiv(triton.cdiv(num_rows, _programs(x.device)), rows.rows) * rows.rows
-    num_programs = triton.cdiv(num_rows, rows_each)
-    weight_sums, bias_sums = (_partials(out, num_programs, width) for out in (grad_weight, grad_bias))
+    rows = _cut(width, num_slots)
+    rows_each = rows_a_program(num_rows, rows, arch_of(x.device))
+    num_partials = triton.cdiv(num_rows, rows_each)
+    weight_sums, bias_sums = (_partials(out, num_partials, width) for out in (grad_weight, grad_bias))
     with on_device(x.device):
-        gather_bwd_kernel[(num_programs,)](
+        gather_bwd_kernel[(num_partials,)](
             grad.contiguous(),
             x.contiguous(),
             positions.contiguous(),
@@ -195,9 +199,9 @@ def gather_bwd(
             rows_each,
             STAGES=STAGES,
             **_slot_arguments(num_slots, rows),
-            **row_arguments(width, TILE, x.dtype, BACKWARD_WARPS),
+            **row_arguments(width, rows, x.dtype, BACKWARD_WARPS),
         )
         if weight_sums is not None or bias_sums is not None:
             gather_sums_kernel[(triton.cdiv(width, SUM_CONFIG["COLS"]), 2)](
-                weight_sums, bias_sums, grad_weight, grad_bias, num_programs, D=width, ROWS=SUM_ROWS, **SUM_CONFIG
+                weight_sums, bias_sums, grad_weight, grad_bias, num_partials, D=width, ROWS=SUM_ROWS, **SUM_CONFIG
             )

@@ -72,8 +72,8 @@ def embed_tokens(
     ->                [B, P+1, D]  in the widest dtype of patches, tokens and positions, so that fp32 parameters keep
                                    the residual stream in fp32 when autocast made the patches bf16
 
-    Positions outside -1..P-1 or listed twice are refused on a CPU; elsewhere nobody looks, since that would wait for
-    the device, and the result is undefined.
+    Positions outside -1..P-1 or listed twice are refused on a CPU outside of torch.compile; elsewhere nobody looks,
+    since that would wait for the device, and the result is undefined.
     Raises ValueError or TypeError for wrong shapes, devices, dtypes or positions, ImplUnavailable for an `impl` it does
     not have.
     Source: BEiT (arXiv:2106.08254) section 2.4.
@@ -170,6 +170,8 @@ def restore_tokens(
     Source: MAE (arXiv:2111.06377) section 3.
     """
     name = "restore_tokens"
+    if num_patches < 0:
+        raise ValueError(f"{name}: num_patches must be at least 0, but is {num_patches}")
     check_shape(name, "visible_positions", visible_positions, "B", "V")
     num_pictures, num_visible = visible_positions.shape
     check_shape(name, "x", x, num_pictures, num_visible + 1, "D")

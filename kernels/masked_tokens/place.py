@@ -146,7 +146,9 @@ def place_bwd_kernel(
     begin = tl.program_id(1) * pictures_a_program
     end = tl.minimum(begin + pictures_a_program, num_pictures)
     for picture in tl.range(begin, end, num_stages=STAGES):
-        slots = find_slots(positions_ptr, picture + tokens * 0, tokens - 1, inside, num_slots, CHUNK, CHUNKS)
+        slots = find_slots(
+            positions_ptr, tl.full(tokens.shape, picture, tl.int32), tokens - 1, inside, num_slots, CHUNK, CHUNKS
+        )
         grad_rows = picture * (num_patches + 1) + tokens
         has_grad = inside
         source_rows = picture * num_patches + tokens - 1

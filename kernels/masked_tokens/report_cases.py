@@ -12,8 +12,11 @@ ARCHS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 STREAMS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Dtype of the residual stream; fp32 as under autocast, beside patches in bf16."""
 SHAPES = ((768, "bf16"), (768, "fp32"), (1024, "bf16"), (1408, "bf16"))
+NARROW = (("sm_86", 196), ("sm_86", 4096), ("sm_90", 196), ("sm_90", 4096))
+"""Rows of 64, of which a tile has the most, with the patches of 224 and of 1,024 pixels, and as many slots."""
 BATCH, NUM_PATCHES = 8, 196
 NUM_SLOTS = {"embed": 75, "keep": 49, "restore": 49}
+"""Of NUM_PATCHES; of more, as large a share."""
 
 
 def cases() -> Iterator[Case]:
@@ -24,32 +27,36 @@ def cases() -> Iterator[Case]:
                 yield Case(arch, f"{place} D={width} x={stream}", "in order", launches)
             launches = partial(launch_gather, width, STREAMS[stream])
             yield Case(arch, f"gather D={width} x={stream}", "in order", launches)
+    for arch, num_patches in NARROW:
+        shape = f"D=64 P={num_patches} x=bf16"
+        yield Case(arch, f"embed {shape}", "in order", partial(launch_place, "embed", 64, num_patches=num_patches))
+        yield Case(arch, f"gather {shape}", "in order", partial(launch_gather, 64, num_patches=num_patches))
 
 
 def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def launch_place(place: str, width: int, stream: torch.dtype = torch.bfloat16) -> None:
+def launch_place(place: str, width: int, stream: torch.dtype = torch.bfloat16, num_patches: int = NUM_PATCHES) -> None:
     """Forward and backward with every gradient that the place has, on tensors that hold nothing."""
-    num_slots = NUM_SLOTS[place]
+    num_slots = NUM_SLOTS[place] * num_patches // NUM_PATCHES
     num_kept = num_slots + 1
-    num_inputs = num_kept if place == "restore" else NUM_PATCHES
-    num_outputs = num_kept if place == "keep" else NUM_PATCHES + 1
+    num_inputs = num_kept if place == "restore" else num_patches
+    num_outputs = num_kept if place == "keep" else num_patches + 1
     source = _empty(BATCH, num_inputs, width, dtype=torch.bfloat16)
     out = _empty(BATCH, num_outputs, width, dtype=stream)
     cls_token = None if place == "restore" else _empty(width, dtype=torch.float32)
     mask_token = None if place == "keep" else _empty(width, dtype=torch.float32)
-    pos_embed = _empty(NUM_PATCHES + 1, width, dtype=torch.float32)
+    pos_embed = _empty(num_patches + 1, width, dtype=torch.float32)
     positions = _empty(BATCH, num_slots, dtype=torch.int64)
-    place_fwd(place, source, cls_token, mask_token, pos_embed, positions, NUM_PATCHES, out)
-    place_bwd(place, out, positions, NUM_PATCHES, source, mask_token, pos_embed)
+    place_fwd(place, source, cls_token, mask_token, pos_embed, positions, num_patches, out)
+    place_bwd(place, out, positions, num_patches, source, mask_token, pos_embed)
 
 
-def launch_gather(width: int, stream: torch.dtype = torch.bfloat16) -> None:
+def launch_gather(width: int, stream: torch.dtype = torch.bfloat16, num_patches: int = NUM_PATCHES) -> None:
     """Forward and backward with every gradient, on tensors that hold nothing."""
-    num_slots = NUM_SLOTS["embed"]
-    x = _empty(BATCH, NUM_PATCHES + 1, width, dtype=stream)
+    num_slots = NUM_SLOTS["embed"] * num_patches // NUM_PATCHES
+    x = _empty(BATCH, num_patches + 1, width, dtype=stream)
     positions = _empty(BATCH, num_slots, dtype=torch.int64)
     weight, bias = (_empty(width, dtype=torch.float32) for _ in range(2))
     out = _empty(BATCH * num_slots, width, dtype=torch.bfloat16)

@@ -12,7 +12,7 @@ def find_slots(positions_ptr, pictures, patches, inside, num_slots, CHUNK: tl.co
     """int32 [ROWS]: m with positions[picture, m] == patch, the last of them; -1 where there is none.
 
     positions [B, M] are compared CHUNK at a time, in CHUNKS steps that have no loop, for a loop here would keep the
-    compiler from loading ahead in the one around it. Patches are 0 or more; others are in no slot.
+    compiler from loading ahead in the one around it that a backward has. Patches are 0 or more; others are in no slot.
     """
     slots = tl.full(patches.shape, -1, tl.int32)
     for chunk in tl.static_range(CHUNKS):

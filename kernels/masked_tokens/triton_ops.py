@@ -228,9 +228,12 @@ def _save_gather(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.bias_dtype = bias.dtype
     ctx.save_for_backward(x, positions, weight, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
 
 
-def _gather_grads(ctx: Any, grad: Tensor, grad_mean: None, grad_rstd: None) -> tuple[Tensor | None, ...]:
+def _gather_grads(ctx: Any, grad: Tensor | None, grad_mean: None, grad_rstd: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 7
     want_x, _, want_weight, want_bias, *_ = ctx.needs_input_grad
     x, positions, weight, mean, rstd = ctx.saved_tensors
     shapes = (x.shape, weight.shape, weight.shape)

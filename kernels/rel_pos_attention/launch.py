@@ -4,7 +4,6 @@ q, k, v, out and their gradients are [B, H, N, D] with any strides but a last on
 [W, 1 or N, N] in the dtype of q. B pictures, H heads, N tokens, D channels.
 """
 
-import contextlib
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._triton.descriptors import Strides, align_rows, padded_length, source, strides, tma_can_read
+from .._triton.launching import on_device, product_precision
 from .._triton.target import arch_of, interpreted
 from ..precision import accumulate_dtype
 from . import backward
@@ -64,9 +64,7 @@ class _Call:
         self.mask = None if mask is None else align_rows(mask, q.dtype).expand(-1, self.num_tokens, -1)[:, None]
         self.acc = tl.float64 if q.dtype is torch.float64 else tl.float32
         self.exact = keeps_exact_lse(q.dtype, masked=mask is not None)
-        # fp32 is exact unless torch was told that its products need not be; half precision is not asked.
-        exact = q.dtype is not torch.float32 or not torch.backends.cuda.matmul.allow_tf32
-        self.precision = "ieee" if exact else "tf32"
+        self.precision = product_precision(q.dtype)
 
     def rows(self, tensor: Tensor | None, block: int) -> object:
         """Tiles of `block` tokens of a tensor [B, H, N, D]; nothing where there is no tensor or no such tile."""
@@ -129,12 +127,6 @@ class _Call:
             "TAIL_N": tail_n,
         }
 
-    def launches_here(self) -> contextlib.AbstractContextManager[Any]:
-        """Triton launches on the current device, which is not always that of the tensors."""
-        if self.device.type == "cuda" and self.device.index != torch.cuda.current_device():
-            return torch.cuda.device(self.device)
-        return contextlib.nullcontext()
-
 
 def attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, out: Tensor, lse: Tensor
@@ -142,7 +134,7 @@ def attention_fwd(
     """Fill `out` and `lse`, which is contiguous, as `triton_ops` allocates it."""
     call = _Call(q, k, v, bias, mask, scale, out)
     tile = call.plan.forward
-    with call.launches_here():
+    with on_device(call.device):
         attention_fwd_kernel[call.programs(tile)](**call.over_keys(tile, q, k, v, out, lse))
 
 
@@ -189,7 +181,7 @@ def attention_bwd(
         """Where tiles of grad_scores go: ADD takes a pointer."""
         return grad_scores if bias_grad == ADD else call.square(grad_scores, block_rows, block_cols)
 
-    with call.launches_here():
+    with on_device(call.device):
         if not fused:
             _launch_bwd_q(call, q, k, v, out, grad_out, lse, delta, grad_q)
         if grad_qkv is None and grad_bias is None:

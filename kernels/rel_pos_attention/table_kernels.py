@@ -15,10 +15,11 @@ Not supported: N*N of 2^31 or more; bf16 in Triton's interpreter, which computes
 # mypy: disable-error-code="no-untyped-def"
 # The arguments of a kernel have the types that Triton finds at its launch.
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .._triton.launching import on_device
 
 # For every architecture: the tiles fit the registers of each. Not measured on any yet.
 EXPAND_CONFIG = {"BLOCK_H": 4, "BLOCK_N": 256, "num_warps": 4, "enable_fp_fusion": False}
@@ -123,7 +124,7 @@ def launch_expand(table_RH: Tensor, bias_HNN: Tensor, window: tuple[int, int], c
         triton.cdiv(num_cols, EXPAND_CONFIG["BLOCK_N"]),
         triton.cdiv(num_heads, EXPAND_CONFIG["BLOCK_H"]),
     )
-    with torch.cuda.device_of(table_RH):
+    with on_device(table_RH.device):
         table_expand_kernel[grid](
             table_RH,
             bias_HNN,
@@ -143,7 +144,7 @@ def launch_scatter(grad_HNN: Tensor, out_RH: Tensor, window: tuple[int, int], cl
     """Fill `out` [R, H], contiguous, in fp32 or float64, with the sums of `grad` [H, N, N], of any strides."""
     num_rows, num_heads = out_RH.shape
     grid = (num_rows, triton.cdiv(num_heads, SCATTER_CONFIG["BLOCK_H"]))
-    with torch.cuda.device_of(grad_HNN):
+    with on_device(grad_HNN.device):
         table_scatter_kernel[grid](
             grad_HNN,
             out_RH,

@@ -174,9 +174,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.save_for_backward(bias, rounded_bias, mask, *output, *qkv)
     ctx.accumulate_into = accumulate_into  # which its owner may change before the backward
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for lse
 
 
-def _grads(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
+def _grads(ctx: Any, grad_out: Tensor | None, grad_lse: None) -> tuple[Any, ...]:
+    if grad_out is None:
+        return [None] * len(ctx.needs_input_grad[0]), *[None] * 6
     bias, rounded_bias, mask, out, lse, *qkv = ctx.saved_tensors
     accumulate_into = ctx.accumulate_into
     wants, want_bias, *_ = ctx.needs_input_grad

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from .._triton.launching import on_device
-from .._triton.rows import OTHER_PROGRAMS, PROGRAMS, cut, row_arguments
+from .._triton.rows import cut, row_arguments, rows_a_program
 from .._triton.target import arch_of
 from ..precision import accumulate_dtype
 from .kernels import residual_bwd_kernel, residual_fwd_kernel, residual_sums_kernel
@@ -24,18 +24,12 @@ STAGES = 3
 SUM_CONFIG = {"ROWS": 64, "COLS": 32, "num_warps": 4, "enable_fp_fusion": True}
 
 
-def rows_a_program(num_rows: int, width: int, arch: str) -> int:
-    """Rows that each program of the backward sums: whole tiles, as even as PROGRAMS of them can be."""
-    rows = cut(width, TILE).rows
-    return triton.cdiv(triton.cdiv(num_rows, PROGRAMS.get(arch, OTHER_PROGRAMS)), rows) * rows
-
-
 def _shared_arguments(x: Tensor, num_warps: int) -> dict[str, Any]:
     num_pictures, num_tokens, width = x.shape
     return {
         "num_rows": num_pictures * num_tokens,
         "num_tokens": num_tokens,
-        **row_arguments(width, TILE, x.dtype, num_warps),
+        **row_arguments(width, cut(width, TILE), x.dtype, num_warps),
     }
 
 
@@ -84,7 +78,7 @@ def residual_bwd(
     inputs = _contiguous(grad_x_new, grad_normed, x_new, y, gamma, keep, weight)
     shared = _shared_arguments(x_new, BACKWARD_WARPS)
     num_rows, width = shared["num_rows"], x_new.shape[2]
-    num_rows_each = rows_a_program(num_rows, width, arch_of(x_new.device))
+    num_rows_each = rows_a_program(num_rows, cut(width, TILE), arch_of(x_new.device))
     num_programs = triton.cdiv(num_rows, num_rows_each)
     wanted = (grad_gamma, grad_weight, grad_bias)
     dtype = accumulate_dtype(x_new.dtype)

@@ -41,7 +41,7 @@ def token_loss(
     """Cross-entropy of softmax(hidden @ weight^T + bias) against token ids, and the accuracy.
 
     hidden:  [R, D]     floating point
-    weight:  [V, D]     floating point; bias: [V] or None
+    weight:  [V, D]     floating point, V at least 1; bias: [V] or None
     targets: int64 [R]  0..V-1, or `ignore_index` for a row that does not count
     label_smoothing: share of the target spread evenly over all V tokens, 0..1
     reduction: "mean"   two scalars, means over the rows that count; 0 and 0, with zero gradients, when none does
@@ -58,6 +58,8 @@ def token_loss(
     check_shape(name, "hidden", hidden, "R", "D")
     num_rows, width = hidden.shape
     check_shape(name, "weight", weight, "V", width)
+    if weight.shape[0] == 0:
+        raise ValueError(f"{name}: weight must have at least 1 row, but has shape {list(weight.shape)}")
     if bias is not None:
         check_shape(name, "bias", bias, weight.shape[0])
     check_shape(name, "targets", targets, num_rows)
