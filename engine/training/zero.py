@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,7 +31,7 @@ from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, ZeroStageEnum
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils.tensor_fragment import fragment_address
 
 T = TypeVar("T")
@@ -39,7 +40,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # after which a rank gives up on one
 FIRST_RANK_TIMEOUT = timedelta(hours=6)  # while rank 0 trains a tokenizer, or checks the sums of large checkpoints
 
 # What DeepSpeed's own files hold besides tensors and plain values.
-DEEPSPEED_TYPES = [LossScaler, ZeroStageEnum, fragment_address]
+DEEPSPEED_TYPES = [LossScaler, fragment_address]
 
 
 @dataclass(frozen=True)
@@ -193,10 +194,22 @@ def deepspeed_config(settings: Settings, world_size: int, *, bf16: bool) -> dict
     return config
 
 
+def without_enums(value: Any) -> Any:
+    """A state with the values of its enums in their places: Python 3.11.0 to 3.11.3 pickle an enum as code to run."""
+    if isinstance(value, Enum):
+        return value.value
+    if type(value) is dict:
+        return {key: without_enums(inner) for key, inner in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(without_enums(inner) for inner in value)
+    return value
+
+
 class CheckedCheckpointEngine(TorchCheckpointEngine):
     """Writes DeepSpeed's files durably and loads them without unpickling code."""
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
+        state_dict = without_enums(state_dict)
         checkpoint.replace_durably(Path(path), lambda temporary: torch.save(state_dict, temporary))
 
     def load(self, path: str, map_location: Any = None) -> Any:
