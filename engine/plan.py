@@ -46,7 +46,6 @@ def main(argv: Sequence[str]) -> None:
     if settings.sweep is not None:
         rows = sweep(settings, gpu, tokenizer, chosen)
         try:
-            settings.sweep.parent.mkdir(parents=True, exist_ok=True)
             settings.sweep.write_text(draw(rows, f"{settings.preset} on {gpu.key}"))
         except OSError as error:
             raise UserError(f"sweep = {settings.sweep} cannot be written ({error.strerror}); give another.") from None

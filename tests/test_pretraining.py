@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -268,18 +269,23 @@ def test_a_kill_while_saving_resumes_from_the_checkpoint_before(run, tmp_path, t
     assert same_weights(folder, whole)
 
 
-def test_sigterm_saves_and_ends_with_code_75(run, tmp_path, tokenizer, root):
-    argv = small_argv(tmp_path / "stopped", tokenizer, train__max_steps=100_000)
+@pytest.mark.parametrize("whole_group", [False, True], ids=["training", "whole group"])
+def test_sigterm_saves_and_ends_with_code_75(run, tmp_path, tokenizer, root, whole_group):
+    argv = small_argv(tmp_path / "stopped", tokenizer, train__max_steps=100_000, data__workers=int(whole_group))
     process = subprocess.Popen(
         [sys.executable, root / "engine" / "pretrain.py", *argv],
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        start_new_session=True,
     )
     metrics = tmp_path / "stopped" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text()):
-        pass
-    process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+    if whole_group:  # as launchers and schedulers do, data workers and the server that forks them included
+        os.killpg(process.pid, signal.SIGTERM)
+    else:
+        process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
     step = train_rows(tmp_path / "stopped")[-1]["step"]

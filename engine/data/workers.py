@@ -86,7 +86,7 @@ def _context() -> BaseContext:
     A fork of the training process would take over its threads' locks, its signal handlers and its GPU state.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([f"{__package__}.loading"])
+    context.set_forkserver_preload([f"{__package__}.fork_server", f"{__package__}.loading"])
     return context
 
 

@@ -35,7 +35,10 @@ def save_tokenizer(model: DiscreteVAE, path: str | Path, *, recipe: str | None =
         metadata["recipe"] = recipe
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
+    temporary.touch()
+    mode = temporary.stat().st_mode
     save_file(state, temporary, metadata)
+    temporary.chmod(mode)  # the writer makes a file that others may not read
     for file, then in ((temporary, lambda: os.replace(temporary, path)), (path.parent, lambda: None)):
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
