@@ -17,9 +17,9 @@ from fused_beit.engine.models import MaskedImageModel, parameter_count, pretrain
 from fused_beit.engine.planning.choice import choose, describe, divisors, room, way
 from fused_beit.engine.planning.plot import draw
 from fused_beit.engine.planning.settings import PlanSettings, check, resolve_gpu
-from fused_beit.engine.planning.step_time import encoding_operations, link, pass_operations, traffic
+from fused_beit.engine.planning.step_time import encoding_operations, host_traffic, link, pass_operations, traffic
 from fused_beit.engine.planning.sweep import alone, counts, efficiency, sweep
-from fused_beit.engine.planning.text import run_steps
+from fused_beit.engine.planning.text import assumptions, run_steps
 from fused_beit.engine.tokenizer.dvae import DiscreteVAE
 from fused_beit.engine.tokenizer.files import load_tokenizer
 from fused_beit.engine.tokenizer.flops import DALLE, TokenizerSize, encoder_parameters, encoding_flops, size_of
@@ -185,6 +185,27 @@ def test_traffic_is_waited_for_as_far_as_nothing_hides_it():
         )
         hidden = max(0, 4 * whole / bandwidth - 4 * last) + max(0, 4 * whole / bandwidth - 2 * last)
         assert at(3, link_gb_s).time.waits == pytest.approx(hidden)
+
+
+@pytest.mark.parametrize(
+    ("stage", "passes", "times"),
+    # Of a rank's part: gradients and then weights.
+    [(1, 1, 1 + 1), (1, 4, 3 + 1), (2, 1, 1 + 1), (2, 2, 4 + 1), (2, 4, 8 + 1), (3, 1, 3 + 1), (3, 4, 9 + 4)],
+)
+def test_offload_moves_gradients_and_weights_as_often_as_passes_need_it(stage, passes, times):
+    part = 4 * 91_965_776 / 8
+    moved = host_traffic(91_965_776, stage=stage, world_size=8, accumulation=passes)
+    assert moved == pytest.approx(times * part)
+    size = str(256 // passes)
+    one = chosen(*BASE, "--gpus", "8", "--zero.offload", "--zero.stage", str(stage), "--train.micro_batch", size)
+    assert one.accumulation == passes
+    assert one.time.optimizer == pytest.approx(times * part / 64e9)
+
+
+def test_what_offload_leaves_out_is_said():
+    settings = planned(*BASE, "--hardware.host_link_gb_s", "7")
+    said = assumptions(settings, resolve_gpu(settings))["offload"]
+    assert "7 GB/s" in said and "AdamW" in said and "not counted" in said
 
 
 def test_a_pass_takes_no_less_than_its_operations_take_to_start():
