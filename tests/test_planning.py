@@ -361,3 +361,33 @@ def test_a_custom_deepspeed_file_decides_the_stage(tmp_path: Path):
     one = chosen(*BASE, "--gpus", "8", "--zero.config", str(file))
     assert one.stage == 2
     assert one.memory.parts["buckets"] == 8e6
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("reduce_bucket_size", '"auto"'),
+        ("reduce_bucket_size", "true"),
+        ("reduce_bucket_size", "-5"),
+        ("reduce_bucket_size", "0.5"),
+        ("reduce_bucket_size", "NaN"),
+        ("stage3_prefetch_bucket_size", '"auto"'),
+        ("offload_optimizer", '"cpu"'),
+        ("offload_param", "[]"),
+    ],
+)
+def test_a_custom_deepspeed_file_that_cannot_be_counted_with_is_told_in_a_sentence(tmp_path: Path, key, value):
+    file = tmp_path / "mine.json"
+    file.write_text(f'{{"zero_optimization": {{"stage": 3, "{key}": {value}}}}}')
+    said = error_of(*BASE, "--gpus", "8", "--zero.config", str(file))
+    assert f"zero_optimization.{key} in {file} is {value}; give" in said
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("value", "offloads"), [("null", False), ('{"device": "none"}', False), ('{"device": "cpu"}', True)]
+)
+def test_a_custom_deepspeed_file_decides_offload(tmp_path: Path, value, offloads):
+    file = tmp_path / "mine.json"
+    file.write_text(f'{{"zero_optimization": {{"stage": 2, "reduce_bucket_size": 1e6, "offload_optimizer": {value}}}}}')
+    assert chosen(*BASE, "--gpus", "8", "--zero.config", str(file)).offload is offloads
