@@ -115,7 +115,9 @@ def test_tokens_take_the_operations_that_are_counted(sizes):
         ("NVIDIA H200", "h200"),
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA A100-SXM4-80GB", "a100_80"),
+        ("NVIDIA A100-SXM4-40GB", "a100_40"),
         ("NVIDIA A100-PCIE-40GB", "a100_40"),
+        ("NVIDIA A100 80GB PCIe", "a100_80"),
         ("NVIDIA L40S", "l40s"),
         ("NVIDIA B200", "b200"),
         ("NVIDIA GeForce RTX 4090", "rtx4090"),
@@ -125,8 +127,22 @@ def test_a_drivers_name_finds_the_published_rate(device, key):
     assert hardware.bf16_rate(device) == hardware.GPUS[key].bf16_tflops * 1e12
 
 
-def test_an_unknown_device_has_no_rate():
-    assert hardware.bf16_rate("AMD EPYC") is None
+@pytest.mark.parametrize(
+    "device",
+    [
+        "AMD EPYC",
+        "NVIDIA GB200",
+        "NVIDIA GH200 480GB",
+        "NVIDIA H100 PCIe",
+        "NVIDIA H100 NVL",
+        "NVIDIA H200 NVL",
+        "NVIDIA A100-SXM4-80GB MIG 1g.10gb",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+    ],
+)
+def test_a_device_of_unknown_or_other_rates_has_none(device):
+    assert hardware.bf16_rate(device) is None
 
 
 def test_a_value_given_replaces_the_published_one():
