@@ -216,7 +216,7 @@ def test_traffic_is_waited_for_as_far_as_nothing_hides_it():
 @pytest.mark.parametrize(
     ("stage", "passes", "times"),
     # Of a rank's part: gradients and then weights.
-    [(1, 1, 1 + 1), (1, 4, 3 + 1), (2, 1, 1 + 1), (2, 2, 4 + 1), (2, 4, 8 + 1), (3, 1, 3 + 1), (3, 4, 9 + 4)],
+    [(1, 1, 1 + 1), (1, 4, 1 + 1), (2, 1, 1 + 1), (2, 2, 4 + 1), (2, 4, 8 + 1), (3, 1, 3 + 1), (3, 4, 9 + 4)],
 )
 def test_offload_moves_gradients_and_weights_as_often_as_passes_need_it(stage, passes, times):
     part = 4 * 91_965_776 / 8

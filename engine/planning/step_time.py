@@ -81,7 +81,7 @@ def host_traffic(parameters: int, *, stage: int, world_size: int, accumulation: 
     A rank sends its part, n/R fp32 numbers, so often in DeepSpeed 0.19.8:
 
         stage   gradients, A = 1   gradients, A > 1                             weights
-        1       1                  3: fetched, summed and sent, then sent       1, after the update
+        1       1                  1, after the last pass                       1, after the update
         2       1                  2A: sent in each pass, fetched in all but    1, after the update
                                    the first, then sent
         3       3                  2A+1: sent and fetched in each pass, then    A, before each forward
@@ -95,7 +95,7 @@ def host_traffic(parameters: int, *, stage: int, world_size: int, accumulation: 
     if stage == 3:
         times = 2 * accumulation + 1 + accumulation
     else:
-        gradients = 1 if accumulation == 1 else 3 if stage == 1 else 2 * accumulation
+        gradients = 1 if accumulation == 1 or stage == 1 else 2 * accumulation
         times = gradients + 1
     return FP32 * parameters / world_size * times
 
