@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fused_beit.engine.tokenizer.dvae import DiscreteVAE
+from fused_beit.engine.tokenizer.flops import encoding_flops
 
 from .rounds import quartiles, time_in_turn
 from .spread import add_spread
@@ -88,24 +89,6 @@ def check_ids(name: str, ids: Tensor, eager: Tensor, exact: Tensor) -> dict[str,
     return {"same_ids": float((ids == wanted).double().mean())}
 
 
-def flops_of(tokenizer: DiscreteVAE, side: int) -> int:
-    """FLOPs of the convolutions for one picture, counted from their outputs; a multiply-add is 2."""
-    counted = 0
-
-    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal counted
-        assert isinstance(module, nn.Conv2d)
-        counted += 2 * output[0].numel() * module.weight[0].numel()
-
-    with torch.device("meta"):
-        like = DiscreteVAE(**tokenizer.sizes)
-        for module in like.encoder.modules():
-            if isinstance(module, nn.Conv2d):
-                module.register_forward_hook(count)
-        like.encoder(torch.empty(1, 3, side, side))
-    return counted
-
-
 @pytest.fixture
 def tokenizer(sizes) -> DiscreteVAE:
     size = {key: value for key, value in SIZES[sizes].items() if key not in ("batch", "side")}
@@ -126,7 +109,7 @@ def test_tokenizer(drive, keep, num_rounds, limits, sizes, tokenizer):
     errors = {name: check_ids(name, run(), eager, exact) for name, run in runs.items()}
     del eager, exact
 
-    flops = batch * flops_of(tokenizer, side)
+    flops = batch * sum(encoding_flops(tokenizer.encoder_size, side))
     peaks = {name: memory(run, DEVICE) if DEVICE.type == "cuda" else {} for name, run in runs.items()}
     label = f"{batch} token views of {side} x {side}, {tokenizer.vocab_size} codes, float32"
     rows = time_in_turn(

@@ -14,7 +14,7 @@ class Gpu:
     key: str
     """What the command line calls it."""
     name: str
-    """Part of the name that the driver gives it."""
+    """What the driver calls it."""
     memory_gb: float
     bf16_tflops: float
     """Matrix products in bf16."""
@@ -48,22 +48,24 @@ class Gpu:
 GPUS = {
     gpu.key: gpu
     for gpu in (
-        Gpu("h200", "H200", 141, 989, 494, 67, 4800, 450, 50, 64, 8, 700),
-        Gpu("h100", "H100", 80, 989, 494, 67, 3350, 450, 50, 64, 8, 700),
-        Gpu("b200", "B200", 180, 2250, 1125, 75, 8000, 900, 50, 64, 8, 1000),
-        Gpu("a100_80", "A100-SXM4-80GB", 80, 312, 156, 19.5, 2039, 300, 25, 32, 8, 400),
-        Gpu("a100_40", "A100-SXM4-40GB", 40, 312, 156, 19.5, 1555, 300, 25, 32, 8, 400),
-        Gpu("l40s", "L40S", 48, 362, 183, 91.6, 864, 32, 12.5, 32, 8, 350),
-        Gpu("rtx4090", "RTX 4090", 24, 165.2, 82.6, 82.6, 1008, 32, 0.625, 32, 2, 450),
+        Gpu("h200", "NVIDIA H200", 141, 989, 494, 67, 4800, 450, 50, 64, 8, 700),
+        Gpu("h100", "NVIDIA H100 80GB HBM3", 80, 989, 494, 67, 3350, 450, 50, 64, 8, 700),
+        Gpu("b200", "NVIDIA B200", 180, 2250, 1125, 75, 8000, 900, 50, 64, 8, 1000),
+        Gpu("a100_80", "NVIDIA A100-SXM4-80GB", 80, 312, 156, 19.5, 2039, 300, 25, 32, 8, 400),
+        Gpu("a100_40", "NVIDIA A100-SXM4-40GB", 40, 312, 156, 19.5, 1555, 300, 25, 32, 8, 400),
+        Gpu("l40s", "NVIDIA L40S", 48, 362, 183, 91.6, 864, 32, 12.5, 32, 8, 350),
+        Gpu("rtx4090", "NVIDIA GeForce RTX 4090", 24, 165.2, 82.6, 82.6, 1008, 32, 0.625, 32, 2, 450),
     )
 }
-FAMILIES = {"A100": "a100_40"}
-"""Names of drivers that leave the size of the memory open, with a GPU of the same rates."""
+SAME_RATES = {"NVIDIA A100 80GB PCIe": "a100_80", "NVIDIA A100-PCIE-40GB": "a100_40"}
+"""Drivers' names of other cards, with a GPU of the same rates: the PCIe columns of the A100's data sheet give them."""
 
 
 def bf16_rate(device_name: str) -> float | None:
-    """Published dense bf16 rate in FLOP/s of the GPU that a driver calls `device_name`; None when it is not known."""
-    for name, key in [*((gpu.name, gpu.key) for gpu in GPUS.values()), *FAMILIES.items()]:
-        if name in device_name:
-            return GPUS[key].bf16_tflops * 1e12
-    return None
+    """Published dense bf16 rate in FLOP/s of the GPU that a driver calls `device_name`; None when it is not known.
+
+    The whole name counts: cards and parts of cards whose names begin alike, such as `NVIDIA H100 PCIe`,
+    `NVIDIA H200 NVL`, `NVIDIA GB200` and `NVIDIA A100-SXM4-80GB MIG 1g.10gb`, have other rates.
+    """
+    keys = {gpu.name: gpu.key for gpu in GPUS.values()} | SAME_RATES
+    return GPUS[keys[device_name]].bf16_tflops * 1e12 if device_name in keys else None

@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> None:
     from fused_beit.engine.planning.plot import draw
     from fused_beit.engine.planning.sweep import sweep
     from fused_beit.engine.planning.text import plan_text, run_steps, sweep_text
-    from fused_beit.engine.tokenizer.flops import TokenizerSize, size_of
+    from fused_beit.engine.tokenizer.flops import size_of
 
     if not run_steps(settings, pictures):
         raise UserError(
@@ -30,8 +30,7 @@ def main(argv: Sequence[str]) -> None:
     if settings.tokenizer.path is not None:
         from fused_beit.engine.tokenizer.files import load_tokenizer
 
-        loaded = load_tokenizer(settings.tokenizer.path)
-        tokenizer = TokenizerSize(loaded.vocab_size, loaded.width, loaded.num_groups, loaded.blocks_per_group)
+        tokenizer = load_tokenizer(settings.tokenizer.path).encoder_size
     gpu = resolve_gpu(settings)
     chosen = choose(settings, gpu, tokenizer, settings.gpus)
     planned = settings.model_copy(

@@ -71,6 +71,20 @@ def test_saved_activations_are_those_that_autograd_saves(shape, bf16):
     assert one.saved() == pytest.approx(saved_bytes(one.forward, apart), rel=0.005)
 
 
+def test_autocast_does_not_reach_the_softmax_of_attention(monkeypatch):
+    """A GPU's autocast would make it in fp32 and keep each score twice; so its bytes are those of a CPU."""
+    one, seen = OnePass("shared", bf16=True), []
+    softmax = torch.Tensor.softmax
+
+    def watched(scores, dim):
+        seen.append((torch.is_autocast_enabled("cpu"), scores.dtype))
+        return softmax(scores, dim)
+
+    monkeypatch.setattr(torch.Tensor, "softmax", watched)
+    one.forward()
+    assert seen == [(False, torch.bfloat16)] * one.settings.model.depth
+
+
 @pytest.mark.slow
 def test_fused_attention_saves_no_scores():
     """Of the fused ones, only this project's kernels run on a CPU, in Triton's interpreter."""
@@ -103,7 +117,7 @@ def test_tokens_need_what_the_first_group_holds(size):
     assert expected == pytest.approx(peak_bytes(lambda: tokenizer.encode(pictures)), rel=0.08)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1, pytest.param(3, marks=pytest.mark.slow)])
 def test_one_rank_holds_and_needs_what_the_formula_says(tmp_path, stage):
     case = {"stage": stage, "accumulation": 2, "micro_batch": 2, "bf16": False, "offload": False}
     check(measure(tmp_path, 1, **case), case)
@@ -177,16 +191,17 @@ def test_two_ranks_send_what_the_formula_says(two_ranks, number):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("impl", ["auto", "reference"])
 @pytest.mark.parametrize("micro_batch", [16, 64])
-def test_a_gpu_needs_what_the_formula_says(tmp_path, micro_batch):
-    """BEiT-base's step under bf16 autocast, with the attention that a GPU gets."""
+def test_a_gpu_needs_what_the_formula_says(tmp_path, micro_batch, impl):
+    """BEiT-base's step under bf16 autocast, with the attention that a GPU gets and with plain torch's."""
     from fused_beit.engine.training import zero
 
     settings = Settings.model_validate(
         {"train": {"global_batch": micro_batch}, "zero": {"stage": 0}, "mask": {"num_patches": 75}}
     )
     runtime = zero.start(settings)
-    model = MaskedImageModel(settings.model, 224, 8192, normalize="inception")
+    model = MaskedImageModel(settings.model, 224, 8192, normalize="inception", impl=impl)
     engine = zero.ZeroEngine(model, settings, runtime, bf16=True)
     batch = [
         tensor.to(runtime.device)
@@ -202,7 +217,7 @@ def test_a_gpu_needs_what_the_formula_says(tmp_path, micro_batch):
         loss, _ = engine(*batch, 0)
         engine.backward(loss)
         engine.step()
-    run = memory.Pass(micro_batch, True, 8192, memory.keeps_scores("auto", "cuda"), NO_TOKENIZER, 14)
+    run = memory.Pass(micro_batch, True, 8192, memory.keeps_scores(impl, "cuda"), NO_TOKENIZER, 14)
     config = zero.deepspeed_config(settings, 1, bf16=True)
     expected = memory.rank_memory(settings, run, config, world_size=1).total
     assert expected == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)

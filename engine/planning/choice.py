@@ -8,7 +8,7 @@ from ..hardware import GPUS, Gpu
 from ..tokenizer.flops import TokenizerSize
 from ..training.deepspeed_json import batch_plan, resolve_json, resolve_stage
 from ..training.header import human_bytes
-from ..training.memory import Pass, RankMemory, keeps_scores, rank_memory
+from ..training.memory import Pass, RankMemory, keeps_scores, offloads, rank_memory
 from .settings import PlanSettings
 from .step_time import StepTime, step_time
 
@@ -78,7 +78,7 @@ def way(
     config = resolve_json(
         asked, stage=stage, micro_batch=micro_batch, accumulation=accumulation, world_size=gpus, bf16=bf16
     )
-    offloads = config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+    on_host = offloads(config)
     run = Pass(
         micro_batch=micro_batch,
         bf16=bf16,
@@ -88,11 +88,11 @@ def way(
         token_side=settings.grid * tokenizer.stride,
     )
     time = step_time(
-        settings, gpu, tokenizer, bf16=bf16, stage=stage, offload=offloads, world_size=gpus,
+        settings, gpu, tokenizer, bf16=bf16, stage=stage, offload=on_host, world_size=gpus,
         micro_batch=micro_batch, accumulation=accumulation,
     )  # fmt: skip
     memory = rank_memory(asked, run, config, world_size=gpus)
-    return Way(gpu, gpus, stage, offloads, micro_batch, accumulation, memory, time)
+    return Way(gpu, gpus, stage, on_host, micro_batch, accumulation, memory, time)
 
 
 def shardings(settings: PlanSettings, gpus: int) -> list[tuple[int, bool]]:

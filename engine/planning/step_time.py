@@ -9,9 +9,9 @@ from ..config import ModelSettings
 from ..hardware import Gpu
 from ..models.flops import parameter_count, pretraining_flops
 from ..tokenizer.flops import TokenizerSize, encoding_flops
+from ..training.memory import FP32
 from .settings import PlanSettings
 
-FP32 = 4
 BACKWARD_SHARE = 2 / 3
 """Of the arithmetic of a pass: two products for each of the forward's."""
 
@@ -41,6 +41,7 @@ class StepTime:
     """What `model` would be if the host gave the operations in no time."""
     tokenizer: float
     optimizer: float
+    """With offload, what passes between a GPU and its host in place of the update."""
     traffic: float
     """All of it, hidden or not."""
     waits: float
@@ -72,6 +73,31 @@ def traffic(parameters: int, *, stage: int, world_size: int, accumulation: int) 
     if stage == 3:
         return Traffic(accumulation * once, accumulation * once, 0.0)
     return Traffic(0.0, 2 * once * (accumulation if stage == 2 else 1), once)
+
+
+def host_traffic(parameters: int, *, stage: int, world_size: int, accumulation: int) -> float:
+    """Bytes between a GPU and its host in an optimizer step with offload, both directions together.
+
+    A rank sends its part, n/R fp32 numbers, so often in DeepSpeed 0.19.8:
+
+        stage   gradients, A = 1   gradients, A > 1                             weights
+        1       1                  1, after the last pass                       1, after the update
+        2       1                  2A: sent in each pass, fetched in all but    1, after the update
+                                   the first, then sent
+        3       3                  2A+1: sent and fetched in each pass, then    A, before each forward
+                                   sent
+
+    The last sending of gradients is to the buffer that AdamW reads. Sources: copy_grads_in_partition and
+    async_accumulate_grad_in_cpu_via_gpu of stages 1 and 2; partition_grads of stage 3, which fetches what it has just
+    sent, in the first pass too. At stage 3 the weights are taken to be offloaded (offload_param) and to stay gathered
+    until the end of the backward, as in `traffic`, so that the backward does not fetch them again.
+    """
+    if stage == 3:
+        times = 2 * accumulation + 1 + accumulation
+    else:
+        gradients = 1 if accumulation == 1 or stage == 1 else 2 * accumulation
+        times = gradients + 1
+    return FP32 * parameters / world_size * times
 
 
 def link(gpu: Gpu, world_size: int) -> float:
@@ -117,8 +143,9 @@ def step_time(
     A pass takes as long as its arithmetic, or as the host takes to start its operations, whichever is longer.
     Arithmetic is FLOPs / (rate x mfu): of the model in bf16 or fp32; of the tokenizer's convolutions in tf32, of its
     product with the codes in fp32, for the engine keeps the tokenizer in fp32. AdamW reads weight, gradient and two
-    moments and writes all but the gradient, 28 bytes a parameter that a rank updates, at the memory's bandwidth, and
-    with offload sends gradients to the host and weights back; the host's own time for it is not counted.
+    moments and writes all but the gradient, 28 bytes a parameter that a rank updates, at the memory's bandwidth. With
+    offload its time is that of `host_traffic`, none of which is taken to be hidden; the host's own time for the update
+    is not counted.
 
     Traffic of a backward pass is hidden behind its arithmetic, that of a forward pass behind its own; stage 1 has the
     last backward alone to hide behind.
@@ -135,7 +162,8 @@ def step_time(
     updated = parameters / (1 if stage == 0 else world_size)
     optimizer = 28 * updated / (1e9 * gpu.bandwidth_gb_s)
     if offload:
-        optimizer = 2 * FP32 * updated / (1e9 * gpu.host_link_gb_s)
+        moved = host_traffic(parameters, stage=stage, world_size=world_size, accumulation=accumulation)
+        optimizer = moved / (1e9 * gpu.host_link_gb_s)
 
     sent = traffic(parameters, stage=stage, world_size=world_size, accumulation=accumulation)
     bandwidth = link(gpu, world_size)

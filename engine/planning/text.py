@@ -91,6 +91,7 @@ def assumptions(settings: PlanSettings, gpu: Gpu) -> dict[str, str]:
         "tokenizer": f"{settings.mfu:.0%} of {gpu.tf32_tflops:g} TFLOP/s, its codes of {gpu.fp32_tflops:g}: it is fp32",
         "operations": f"started by the host in {settings.dispatch_us:g} us each (--dispatch_us)",
         "links": f"{gpu.node_link_gb_s:g} GB/s in a machine, {gpu.network_gb_s:g} GB/s between machines, all of it",
+        "offload": f"{gpu.host_link_gb_s:g} GB/s to the host, none of it hidden; AdamW's own time there is not counted",
         "memory": f"{settings.hardware.reserve:.0%} of it left to driver and libraries (--hardware.reserve)",
         "hardware": source,
     }

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from fused_beit.kernels import nearest_code
 
+from .flops import TokenizerSize
+
 PIXEL_EPS = 0.1
 """Pixels are moved into [eps, 1 - eps], where the logit of the logit-Laplace distribution is finite (appendix A.3)."""
 
@@ -160,6 +162,11 @@ class DiscreteVAE(nn.Module):
             "blocks_per_group": self.blocks_per_group,
             "output_channels": self.output_channels,
         }
+
+    @property
+    def encoder_size(self) -> TokenizerSize:
+        """What the work of `encode` is counted from."""
+        return TokenizerSize(self.vocab_size, self.width, self.num_groups, self.blocks_per_group)
 
     def prepare(self, pixels: Tensor) -> Tensor:
         """uint8 0 to 255, or float in [0, 1], to mapped pixels in the dtype of the weights."""

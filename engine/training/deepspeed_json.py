@@ -171,7 +171,26 @@ def read_json(settings: Settings, stage: int) -> tuple[dict[str, Any], str]:
             raise UserError(f"{source} has the unknown top-level key {key!r}, which DeepSpeed would ignore; {hint}")
     if not isinstance(config.get("zero_optimization", {}), dict):
         raise UserError(f"zero_optimization in {source} must be an object; see ds_configs/ for examples.")
+    check_zero(config.get("zero_optimization", {}), source)
     return config, source
+
+
+def check_zero(zero: dict[str, Any], source: str) -> None:
+    """Raise `UserError` for values of `zero_optimization` that cannot be counted with."""
+    for key in ("reduce_bucket_size", "stage3_prefetch_bucket_size"):
+        size = zero.get(key, 0)
+        if isinstance(size, bool) or not isinstance(size, int | float) or size < 0 or size % 1:
+            raise UserError(
+                f"zero_optimization.{key} in {source} is {json.dumps(size)}; give a whole number of 0 or more, "
+                f"such as 50000000."
+            )
+    for key in ("offload_optimizer", "offload_param"):
+        value = zero.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise UserError(
+                f"zero_optimization.{key} in {source} is {json.dumps(value)}; give an object such as "
+                f'{{"device": "cpu"}}, or leave it out.'
+            )
 
 
 def without_duplicates(pairs: list[tuple[str, Any]], source: str) -> dict[str, Any]:

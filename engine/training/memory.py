@@ -113,7 +113,7 @@ def rank_memory(settings: Settings, run: Pass, config: Mapping[str, Any], *, wor
 
 def offloads(config: Mapping[str, Any]) -> bool:
     """Whether DeepSpeed keeps the optimizer's state on the host."""
-    return config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+    return (config["zero_optimization"].get("offload_optimizer") or {}).get("device", "none") != "none"
 
 
 def state_memory(settings: Settings, vocab_size: int, config: Mapping[str, Any], *, world_size: int) -> StateMemory:
@@ -134,6 +134,11 @@ def state_memory(settings: Settings, vocab_size: int, config: Mapping[str, Any],
     gradients of a pass are in reference cycles, which go only when Python collects garbage. To reduce gradients, stage
     0 copies all of them into one buffer, 1 and 2 a bucket at a time. At stage 3 all weights of these models, and the
     next bucket of them, stay gathered until the end of the backward pass: stage3_max_live_parameters is 1e9.
+
+    Of a JSON, the stage, offload and the sizes of buckets are read. Stages 1 and 2 are counted with overlap_comm and
+    contiguous_gradients, as in ds_configs/, stage 3 with DeepSpeed's own stage3_max_live_parameters and
+    stage3_max_reuse_distance, and offload at stage 3 with that of the weights too; a JSON that sets them otherwise
+    takes another amount: less without overlap_comm, or where fewer weights stay gathered.
 
     Offload moves copy and moments to the host, and a rank's gradients: there it keeps them beside a buffer for the new
     weights, and a sum of them from the second pass of a step on; at stage 3 the weights' own part too. At 1 and 2, a
@@ -183,7 +188,8 @@ def saved_activations(settings: Settings, run: Pass) -> float:
         branches            2 N D 4      before LayerScale, whose gradient needs them; none without LayerScale
         normed, attended    3 N D a      what the linears read: qkv, projection, fc1
         query, key, value   3 N D a
-        scores              H N^2 a      softmax; fused attention keeps 4 H N, the logarithm of its sum
+        scores              H N^2 a      softmax, which attention makes with autocast off, on a GPU as on a CPU;
+                                         fused attention keeps 4 H N, the logarithm of its sum
         MLP                 2 N C a      before and after GELU
         norms               4 N 4        mean and deviation
 

@@ -25,7 +25,6 @@ from ..models.encoder import impl_besides_attention
 from ..models.flops import pretraining_flops
 from ..models.mim import MaskedImageModel
 from ..tokenizer.files import identity, load_tokenizer
-from ..tokenizer.flops import TokenizerSize
 from . import checkpoint, zero
 from .bottleneck import Circumstances, bottleneck
 from .deepspeed_json import resolve_stage
@@ -330,12 +329,7 @@ class Run:
                 bf16=self.bf16,
                 vocab_size=self.tokenizer.vocab_size,
                 keeps_scores=keeps_scores(settings.train.impl, runtime.device.type),
-                tokenizer=TokenizerSize(
-                    self.tokenizer.vocab_size,
-                    self.tokenizer.width,
-                    self.tokenizer.num_groups,
-                    self.tokenizer.blocks_per_group,
-                ),
+                tokenizer=self.tokenizer.encoder_size,
                 token_side=settings.grid * self.tokenizer.stride,
             ),
             zero.deepspeed_config(settings, runtime.world_size, bf16=self.bf16),

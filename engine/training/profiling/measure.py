@@ -1,6 +1,5 @@
 """A few steps of a run, timed as they are and with marks in turn, and a few more under torch's profiler for a trace."""
 
-import copy
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,11 +11,10 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, record_function
-from torch.utils.flop_counter import FlopCounterMode
 
 from ...errors import UserError
 from ...models.flops import pretraining_flops_by_part
-from ...tokenizer.dvae import DiscreteVAE
+from ...tokenizer.flops import encoding_flops
 from .. import zero
 from ..bottleneck import Circumstances
 from ..loop import Interval
@@ -252,15 +250,8 @@ def step_flops(run: Run) -> dict[str, float]:
         settings.model, settings.data.image_size, settings.mask.num_patches, tokenizer.vocab_size
     )
     flops = {name: pictures * (part.forward + part.backward) for name, part in parts.items()}
-    return flops | {Phase.TOKENIZER: pictures * encoding_flops(tokenizer, settings.grid * tokenizer.stride)}
-
-
-def encoding_flops(tokenizer: DiscreteVAE, side: int) -> float:
-    """Floating point operations that torch counts in the encoder for one picture; nothing is computed."""
-    encoder = copy.deepcopy(tokenizer.encoder).to("meta")
-    with FlopCounterMode(display=False) as counter:
-        encoder(torch.zeros(1, 3, side, side, device="meta", dtype=encoder.input.weight.dtype))
-    return float(counter.get_total_flops())
+    encoding = encoding_flops(tokenizer.encoder_size, settings.grid * tokenizer.stride)
+    return flops | {Phase.TOKENIZER: pictures * sum(encoding)}
 
 
 class Product:
