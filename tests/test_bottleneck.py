@@ -141,15 +141,24 @@ def test_restarting_forgets_what_was(clock):
     assert line.seconds() == {(Phase.REST, Part.OTHER): 1.0}
 
 
-def test_a_gpus_timeline_gives_the_same_from_its_events(clock, monkeypatch):
-    class Event:
-        """As torch's, on the clock of the test."""
+class Stream:
+    """Stand-in for a GPU's stream, with a clock of its own."""
 
+    def __init__(self, now):
+        self.now = now
+
+
+@pytest.fixture
+def streams(clock, monkeypatch):
+    """Streams that were entered, the current one last; the first is on the test's clock."""
+    entered = [Stream(clock)]
+
+    class Event:
         def __init__(self, enable_timing):
             assert enable_timing
 
-        def record(self):
-            self.at = clock[0]
+        def record(self, stream=None):
+            self.at = (stream or entered[-1]).now[0]
 
         def elapsed_time(self, end):
             return 1000 * (end.at - self.at)
@@ -158,6 +167,11 @@ def test_a_gpus_timeline_gives_the_same_from_its_events(clock, monkeypatch):
             pass
 
     monkeypatch.setattr(timeline.torch.cuda, "Event", Event)
+    monkeypatch.setattr(timeline.torch.cuda, "current_stream", lambda: entered[-1])
+    return entered
+
+
+def test_a_gpus_timeline_gives_the_same_from_its_events(clock, streams):
     line = StreamTimeline()
     walk(line, clock, STEP)
     once = {(Phase.DATA, Part.OTHER): 1.0, (Phase.FORWARD, Part.OTHER): 6.0}
@@ -165,3 +179,18 @@ def test_a_gpus_timeline_gives_the_same_from_its_events(clock, monkeypatch):
     assert {key: value for key, value in line.seconds().items() if value} == once
     walk(line, clock, STEP)
     assert {key: value for key, value in line.seconds().items() if value} == {key: 2 * v for key, v in once.items()}
+
+
+def test_marks_that_are_set_inside_another_stream_lie_in_the_one_that_computes(clock, streams):
+    """As where DeepSpeed starts a collective in its own stream, which is behind the one that computes."""
+    line = StreamTimeline()
+    line.enter(Phase.BACKWARD)
+    clock[0] += 2.0
+    streams.append(Stream([-5.0]))
+    line.enter_part(Part.COMMUNICATION)
+    clock[0] += 1.0
+    line.enter_part(Part.OTHER)
+    streams.pop()
+    clock[0] += 3.0
+    seconds = {key: value for key, value in line.seconds().items() if value}
+    assert seconds == {(Phase.BACKWARD, Part.OTHER): 5.0, (Phase.BACKWARD, Part.COMMUNICATION): 1.0}
