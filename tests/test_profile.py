@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from fused_beit.engine.training import pretraining, profiling, zero
 from fused_beit.engine.training.loop import Interval
 from fused_beit.engine.training.pretraining import open_run, pretrain
 from fused_beit.engine.training.profiling import measure
-from fused_beit.engine.training.profiling.measure import LEAST_STEPS, idle_share, plan
+from fused_beit.engine.training.profiling.measure import LEAST_STEPS, device_idle, idle_share, plan
 from fused_beit.engine.training.profiling.parts import marked
 from fused_beit.engine.training.profiling.table import rows
 from fused_beit.engine.training.timeline import Part, Phase
@@ -293,6 +294,22 @@ def test_time_that_no_kernel_covers_is_idle():
     assert idle_share([]) == 0
     assert idle_share([(0, 4), (2, 6), (8, 10)]) == pytest.approx(0.2)
     assert idle_share([(8, 10), (0, 10), (1, 2)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "annotation"),
+    [("forward: mlp", True), ("Stream Wait Event", False), ("Event Sync", False), ("Context Sync", False)],
+)
+def test_a_named_range_and_a_wait_on_the_gpu_are_no_work(name, annotation):
+    """Stand-ins for a trace's events: two kernels with a pause between them, and something over all of it."""
+
+    def event(name, start, end, device=torch.autograd.DeviceType.CUDA, annotation=False):
+        span = SimpleNamespace(start=start, end=end)
+        return SimpleNamespace(name=name, time_range=span, device_type=device, is_user_annotation=annotation)
+
+    kernels = [event("gemm", 0, 2), event("gemm", 8, 10), event("aten::mm", 0, 10, torch.autograd.DeviceType.CPU)]
+    assert device_idle(kernels) == pytest.approx(0.6)
+    assert device_idle([*kernels, event(name, 0, 10, annotation=annotation)]) == pytest.approx(0.6)
 
 
 def test_the_script_prints_the_table_and_leaves_its_files(root, tmp_path, tokenizer):

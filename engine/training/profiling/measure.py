@@ -34,6 +34,7 @@ BUDGET_SECONDS = 30.0  # for all rounds, where the least number of them takes le
 LEAST_STEPS = WARM_STEPS + 2 * ROUNDS[0] + TRACED_STEPS
 PRODUCTS = 3  # in a round
 PRODUCT_SIDE = {"cpu": 1536, "cuda": 8192}
+WAITS = {"Event Sync", "Stream Wait Event", "Stream Sync", "Context Sync", "Unknown Sync"}  # kineto's names, on a GPU
 
 
 @dataclass(frozen=True)
@@ -216,8 +217,22 @@ def write_trace(steps: Steps, path: Path) -> float | None:
     trace.export_chrome_trace(str(path))
     if not on_gpu:
         return None
-    on_device = [event for event in trace.events() or [] if event.device_type == torch.autograd.DeviceType.CUDA]
-    return idle_share((event.time_range.start, event.time_range.end) for event in on_device)
+    return device_idle(trace.events() or [])
+
+
+def device_idle(events: Iterable[Any]) -> float:
+    """Share of a trace in which the GPU had nothing to do.
+
+    Kineto also puts on the device what is no work: the ranges that a person named, which cover all that is between
+    their first and last kernel, and the waits of one stream for another.
+    """
+    return idle_share(
+        (event.time_range.start, event.time_range.end)
+        for event in events
+        if event.device_type == torch.autograd.DeviceType.CUDA
+        and not event.is_user_annotation
+        and event.name not in WAITS
+    )
 
 
 @contextmanager
