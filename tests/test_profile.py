@@ -130,6 +130,24 @@ def test_a_slow_collective_is_communication_wherever_it_happens(opened, monkeypa
     assert sum(value for key, value in seconds.items() if key[1] == Part.COMMUNICATION) >= PLANTED
 
 
+def test_without_marks_in_backward_no_mark_is_set_while_autograd_runs(opened, monkeypatch):
+    """On a GPU that is another thread, from which DeepSpeed starts collectives too."""
+    set_in = set()
+    with opened(zero__stage=1) as run:
+        interval = Interval(run.runtime.device)
+        enter_part = interval.timeline.enter_part
+
+        def noted(part):
+            set_in.add((interval.timeline.phase, part))
+            return enter_part(part)
+
+        monkeypatch.setattr(interval.timeline, "enter_part", noted)
+        with marked(run.engine, interval.timeline, backward=False):
+            run.loop.train_step(0, interval)
+    assert (Phase.FORWARD, Part.MLP) in set_in
+    assert not {key for key in set_in if key[0] == Phase.BACKWARD or key[1] == Part.COMMUNICATION}
+
+
 def test_marks_change_no_loss_and_leave_nothing_behind(opened):
     def losses(run, marks):
         interval = Interval(run.runtime.device)

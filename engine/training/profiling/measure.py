@@ -210,7 +210,8 @@ def write_trace(steps: Steps, path: Path) -> float | None:
     trace = torch.profiler.profile(activities=activities)
     with without_stderr():
         trace.start()
-    # Backward runs in a thread of its own on a GPU, and a range may not end in another thread than it began in.
+    # Backward runs in a thread of its own on a GPU, collectives in it, and a range may not end in another thread than
+    # it began in.
     steps.take(TRACED_STEPS, marks=True, marks_backward=not on_gpu, timeline=RangedTimeline())
     with without_stderr():
         trace.stop()
