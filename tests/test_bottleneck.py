@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from fused_beit.engine.cpu import RunQueue
 from fused_beit.engine.training import timeline
 from fused_beit.engine.training.bottleneck import Circumstances, bottleneck
 from fused_beit.engine.training.pace import Made, Pace
@@ -88,12 +89,39 @@ def test_bf16_is_advised_only_where_it_was_not_tried_and_is_fast():
     assert "bf16" not in bottleneck(pace(forward=1.0), CPU)
 
 
-@pytest.mark.parametrize(("processor_seconds", "crowded"), [(0.9, True), (1.7, False)])
-def test_threads_that_had_to_share_their_processors_are_told_so_before_anything_else(processor_seconds, crowded):
-    on_cpu = replace(CPU, threads=2)
-    times = replace(pace(forward=1.0), processor_seconds=processor_seconds)
-    assert ("it had 0.90 processors for its 2 threads" in bottleneck(times, on_cpu)) == crowded
-    assert "processors" not in bottleneck(times, CPU), "a GPU trains: the host's threads say nothing"
+@pytest.mark.parametrize(("queued", "crowded"), [(0.6, True), (0.1, False)])
+def test_threads_that_waited_for_a_core_are_told_so_before_any_other_advice(queued, crowded):
+    times = replace(pace(forward=1.0), processor_seconds=0.9, queued_seconds=queued)
+    said = bottleneck(times, replace(CPU, threads=2))
+    assert ("; its threads waited 40% of their time for a core, so look first at" in said) == crowded
+    assert said.endswith("a faster device, more ranks or a smaller model is what makes it faster.")
+    assert "core" not in bottleneck(times, CPU), "a GPU trains: the host's threads say nothing"
+
+
+def test_threads_that_wait_for_each_other_on_a_free_machine_are_not_called_crowded():
+    times = replace(pace(forward=1.0), processor_seconds=1.0)
+    assert "core" not in bottleneck(times, replace(CPU, threads=2)), "half of the processors were not asked for"
+
+
+def threads(folder, **nanoseconds):
+    """As Linux tells of the threads of a process: nanoseconds that each ran and waited, and how often."""
+    for name, (ran, waited) in nanoseconds.items():
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "schedstat").write_text(f"{ran} {waited} 7\n")
+
+
+def test_the_wait_for_a_core_is_that_of_all_threads_since_the_beginning(tmp_path):
+    threads(tmp_path, one=(10**9, 5 * 10**9), gone=(10**9, 10**9))
+    queue = RunQueue(tmp_path)
+    threads(tmp_path, one=(2 * 10**9, 6 * 10**9), new=(10**9, 5 * 10**8))
+    (tmp_path / "gone" / "schedstat").unlink()
+    assert queue.seconds() == 1.5
+
+
+def test_where_the_system_does_not_tell_of_waits_there_are_none(tmp_path):
+    threads(tmp_path, one=("", ""))
+    assert RunQueue(tmp_path).seconds() == 0
+    assert RunQueue(tmp_path / "missing").seconds() == 0
 
 
 def test_a_session_without_steps_says_so():

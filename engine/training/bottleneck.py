@@ -10,7 +10,7 @@ from .timeline import Phase
 WAITING = 0.10  # share of the time spent waiting for pictures from which on they are what bounds the run
 UNEVEN = 1.5  # how much longer than the others one worker takes when it is the one to look at
 STORAGE = 0.5  # share of a worker's time in which a processor works, below which it is storage that it waits for
-CROWDED = 0.6  # processors a thread below which something else has the cores; operators leave a thread idle at times
+CROWDED = 0.25  # share of the time in which threads could run that they waited for a core, from which on it is said
 WORTH_NAMING = 0.2  # share of the time from which on a part beside the largest is worth a word
 
 MODEL, TOKENIZER, OPTIMIZER = "the model", "the tokenizer", "the optimizer"
@@ -59,7 +59,7 @@ def bottleneck(pace: Pace, run: Circumstances, communication: float = 0.0, detai
     return (
         f"Bound by {largest}: {takes}, waiting for pictures {pace.share(Phase.DATA):.0%} "
         f"({loaders(pace, run)} {amount(pace.made_per_s)}/s, {amount(pace.per_s)}/s are used); "
-        f"{advice(largest, pace, run)}."
+        f"{crowding(pace, run)}{advice(largest, run)}."
     )
 
 
@@ -116,10 +116,8 @@ def slowest(pace: Pace) -> tuple[int, float] | None:
     return (worker, times) if times >= UNEVEN else None
 
 
-def advice(largest: str, pace: Pace, run: Circumstances) -> str:
+def advice(largest: str, run: Circumstances) -> str:
     """What would make the largest part smaller."""
-    if is_crowded(pace, run):
-        return f"it had {processors(pace, run)}: look first at what else runs on the cores"
     if largest == TOKENIZER:
         return f"a smaller tokenizer{' (--tokenizer.width)' if run.trains_tokenizer else ''} costs less"
     if largest == OPTIMIZER:
@@ -140,9 +138,21 @@ def processors(pace: Pace, run: Circumstances) -> str:
     return f"{pace.processors:.2f} processors for its {run.threads} thread{'' if run.threads == 1 else 's'}"
 
 
+def crowding(pace: Pace, run: Circumstances) -> str:
+    """What comes before any other advice where the threads that train had to share their cores."""
+    if not is_crowded(pace, run):
+        return ""
+    return f"{queued(pace)}, so look first at what else runs on the cores; then, "
+
+
+def queued(pace: Pace) -> str:
+    """`its threads waited 45% of their time for a core`"""
+    return f"its threads waited {pace.queued_share:.0%} of their time for a core"
+
+
 def is_crowded(pace: Pace, run: Circumstances) -> bool:
-    """Whether the threads that train had to share their processors."""
-    return run.threads is not None and pace.processors < CROWDED * run.threads
+    """Whether the threads that train had to share their cores; threads that wait for each other leave them free."""
+    return run.threads is not None and pace.queued_share >= CROWDED
 
 
 def amount(per_s: float) -> str:

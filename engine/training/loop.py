@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import Settings
+from ..cpu import RunQueue
 from ..data.loading import BadPictureLog, Batch
 from ..errors import RankError, UserError
 from ..tokenizer.dvae import DiscreteVAE
@@ -204,7 +205,7 @@ class Interval:
         self.timed_from = self.passes
         self.taken = Pace()
         self.timeline.restart()
-        self.began, self.processor_began = time.monotonic(), time.process_time()
+        self.began, self.processor_began, self.queue = time.monotonic(), time.process_time(), RunQueue()
 
     def add(self, batch: Batch, loss: Tensor, accuracy: Tensor) -> None:
         self.sums += torch.stack([loss.detach(), accuracy]).float()
@@ -214,7 +215,12 @@ class Interval:
     def pace(self) -> Pace:
         """Speed of this rank and where its time went; read only where the host waits for the device anyway."""
         processor_seconds = time.process_time() - self.processor_began
-        return replace(self.taken, phases=by_phase(self.timeline.seconds()), processor_seconds=processor_seconds)
+        return replace(
+            self.taken,
+            phases=by_phase(self.timeline.seconds()),
+            processor_seconds=processor_seconds,
+            queued_seconds=self.queue.seconds(),
+        )
 
     def seconds(self) -> float:
         return time.monotonic() - self.began

@@ -39,6 +39,8 @@ class Pace:
     """What each worker made, by its number."""
     processor_seconds: float = 0.0
     """Of all threads of this process, its data workers not counted."""
+    queued_seconds: float = 0.0
+    """That these threads were ready to run and had no processor; 0 where the system does not tell."""
 
     def __add__(self, other: "Pace") -> "Pace":
         phases = {phase: self.phases.get(phase, 0.0) + other.phases.get(phase, 0.0) for phase in Phase}
@@ -46,8 +48,13 @@ class Pace:
             worker: self.made.get(worker, Made()) + other.made.get(worker, Made())
             for worker in sorted({*self.made, *other.made})
         }
-        processor_seconds = self.processor_seconds + other.processor_seconds
-        return Pace(self.pictures + other.pictures, phases, made, processor_seconds)
+        return Pace(
+            self.pictures + other.pictures,
+            phases,
+            made,
+            self.processor_seconds + other.processor_seconds,
+            self.queued_seconds + other.queued_seconds,
+        )
 
     def taking(self, batch: Batch) -> "Pace":
         """With the pictures of one more batch."""
@@ -84,6 +91,11 @@ class Pace:
     def processors(self) -> float:
         """Processors that this process had on average while it did not wait for pictures."""
         return self.processor_seconds / max(self.seconds - self.phases.get(Phase.DATA, 0.0), 1e-9)
+
+    @property
+    def queued_share(self) -> float:
+        """Share of the time in which the threads of this process could have run that they waited for a processor."""
+        return self.queued_seconds / max(self.queued_seconds + self.processor_seconds, 1e-9)
 
     @property
     def making_share(self) -> float:

@@ -173,8 +173,9 @@ class Steps:
             interval.sums.tolist()
             seconds = interval.timeline.seconds()
             processor_seconds = time.process_time() - began
+            taken = replace(interval.taken, queued_seconds=interval.queue.seconds())
         self.next += count
-        return Stretch(count, seconds, interval.taken, processor_seconds)
+        return Stretch(count, seconds, taken, processor_seconds)
 
 
 class RangedTimeline(Timeline):

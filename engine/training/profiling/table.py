@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ..bottleneck import bottleneck, is_crowded, processors
+from ..bottleneck import bottleneck, is_crowded, processors, queued
 from ..timeline import Part, Phase
 from .measure import Profile
 
@@ -89,7 +89,7 @@ def notes(profile: Profile) -> list[str]:
     if profile.on_cpu:
         result.append(f"the process had {processors(profile.pace, profile.circumstances)}")
         if is_crowded(profile.pace, profile.circumstances):
-            result[-1] += ": something else has the rest, and alone it is faster than this"
+            result[-1] += f"; {queued(profile.pace)}, and alone it is faster than this"
     if profile.device_idle is not None:
         result.append(
             f"under the trace, which slows the host, the GPU had nothing to do {profile.device_idle:.0%} of the time"
