@@ -43,10 +43,32 @@ def test_workers_that_wait_for_storage_are_told_from_those_that_compute():
 
 
 def test_one_slow_worker_among_others_is_named():
-    made = {0: Made(300, 1.0, 1.0), 1: Made(300, 1.0, 1.0), 2: Made(300, 3.0, 3.0)}
-    said = bottleneck(pace(data=1.0, forward=1.0, made=made), CPU)
+    made = {0: Made(300, 1.0, 1.0, 3), 1: Made(300, 1.0, 1.0, 3), 2: Made(300, 3.0, 3.0, 3)}
+    said = bottleneck(pace(data=1.0, forward=1.0, made=made), replace(CPU, workers=3))
     assert "3 workers make 300/s" in said
     assert "worker 2 takes 3.0 times as long as the others" in said
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        {0: Made(300, 1.0, 1.0, 3), 1: Made(300, 1.0, 1.0, 3), 2: Made(200, 2.0, 2.0, 2)},
+        {0: Made(400, 1.0, 1.0, 4), 1: Made(400, 3.0, 3.0, 4)},
+    ],
+    ids=["too few batches of one", "none of one"],
+)
+def test_no_worker_is_accused_before_each_made_some_batches(made):
+    said = bottleneck(pace(data=1.0, forward=1.0, made=made), replace(CPU, workers=3))
+    assert "times as long" not in said
+    assert "3 workers make 600/s" in said, "all pictures over all seconds, three times"
+
+
+def test_workers_that_made_no_batch_yet_are_counted_and_the_others_rate_is_theirs():
+    """Two of eight were seen, at 250/s each: eight make 2,000/s, and for 3,000/s it takes twelve."""
+    times = pace(3000, made={0: Made(500, 2.0, 2.0, 1), 1: Made(500, 2.0, 2.0, 1)}, data=1.0, forward=1.0)
+    said = bottleneck(times, replace(CPU, workers=8))
+    assert "8 workers make 2,000/s" in said
+    assert said.endswith("raise --data.workers to 12.")
 
 
 def test_pictures_made_fast_enough_that_come_late_are_not_called_too_few():

@@ -2,13 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from statistics import median
 
 from .pace import Pace
 from .timeline import Phase
 
 WAITING = 0.10  # share of the time spent waiting for pictures from which on they are what bounds the run
-UNEVEN = 1.5  # how much longer than the others one worker takes when it is the one to look at
 STORAGE = 0.5  # share of a worker's time in which a processor works, below which it is storage that it waits for
 CROWDED = 0.25  # share of the time in which threads could run that they waited for a core, from which on it is said
 WORTH_NAMING = 0.2  # share of the time from which on a part beside the largest is worth a word
@@ -58,26 +56,27 @@ def bottleneck(pace: Pace, run: Circumstances, communication: float = 0.0, detai
     takes = ", ".join([takes, *beside])
     return (
         f"Bound by {largest}: {takes}, waiting for pictures {pace.share(Phase.DATA):.0%} "
-        f"({loaders(pace, run)} {amount(pace.made_per_s)}/s, {amount(pace.per_s)}/s are used); "
+        f"({loaders(run)} {amount(pace.made_per_s(run.workers))}/s, {amount(pace.per_s)}/s are used); "
         f"{crowding(pace, run)}{advice(largest, run)}."
     )
 
 
 def starved(pace: Pace, run: Circumstances) -> str:
     """The sentence of a run that waits for pictures."""
+    made_per_s = pace.made_per_s(run.workers)
     facts = (
-        f"Waits {pace.share(Phase.DATA):.0%} of the time for pictures: {loaders(pace, run)} "
-        f"{amount(pace.made_per_s)}/s, the rest of the step could take {amount(pace.could_per_s)}/s"
+        f"Waits {pace.share(Phase.DATA):.0%} of the time for pictures: {loaders(run)} "
+        f"{amount(made_per_s)}/s, the rest of the step could take {amount(pace.could_per_s)}/s"
     )
-    slow = slowest(pace)
+    slow = pace.slowest(run.workers)
     if slow is not None:
         number, times = slow
         return (
             f"{facts}; worker {number} takes {times:.1f} times as long as the others, and batches are taken in turn: "
             f"look at what slows that process, or raise --data.workers."
         )
-    needed = max(run.workers + 1, math.ceil(max(run.workers, 1) * pace.could_per_s / max(pace.made_per_s, 1e-9)))
-    if run.workers and pace.made_per_s >= pace.could_per_s:
+    needed = max(run.workers + 1, math.ceil(pace.could_per_s / max(pace.worker_per_s(run.workers), 1e-9)))
+    if run.workers and made_per_s >= pace.could_per_s:
         return (
             f"{facts}, but some batches take far longer to make or to hand over than others, and all wait their turn: "
             f"raise --data.workers to {needed}."
@@ -99,21 +98,11 @@ def raise_to(run: Circumstances) -> str:
     return f", and set --data.workers to {run.cores}" if run.workers < run.cores else ""
 
 
-def loaders(pace: Pace, run: Circumstances) -> str:
+def loaders(run: Circumstances) -> str:
     """Who makes the pictures, with its verb."""
     if run.workers == 0:
         return "the training process itself makes"
-    return f"{len(pace.made)} worker{' makes' if len(pace.made) == 1 else 's make'}"
-
-
-def slowest(pace: Pace) -> tuple[int, float] | None:
-    """A worker much slower than the others: its number, and how many times as long it takes for a picture."""
-    if len(pace.made) < 2:
-        return None
-    worker = min(pace.made, key=lambda number: pace.made[number].per_s)
-    others = median(made.per_s for number, made in pace.made.items() if number != worker)
-    times = others / max(pace.made[worker].per_s, 1e-9)
-    return (worker, times) if times >= UNEVEN else None
+    return f"{run.workers} worker{' makes' if run.workers == 1 else 's make'}"
 
 
 def advice(largest: str, run: Circumstances) -> str:

@@ -148,7 +148,7 @@ class Loop:
             "bad_pictures": int(figures["bad_pictures"]),
             "images_per_s": pictures_per_s,
             "data_wait": pace.share(Phase.DATA),
-            "data_per_s": pace.made_per_s,
+            "data_per_s": pace.made_per_s(self.settings.data.workers),
         }
         if self.peak_flops is not None:
             row["mfu"] = pictures_per_s * self.flops_per_picture / (self.peak_flops * engine.runtime.world_size)

@@ -2,9 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from statistics import median
 
 from ..data.loading import Batch, Making
 from .timeline import Phase
+
+UNEVEN = 1.5  # how much longer than the others one worker takes when it is the one to look at
+LEAST_BATCHES = 3  # that each worker made before one is told from the others: single batches differ by as much
 
 
 @dataclass(frozen=True)
@@ -14,12 +18,14 @@ class Made:
     pictures: int = 0
     seconds: float = 0.0
     processor_seconds: float = 0.0
+    batches: int = 0
 
     def __add__(self, other: "Made") -> "Made":
         return Made(
             self.pictures + other.pictures,
             self.seconds + other.seconds,
             self.processor_seconds + other.processor_seconds,
+            self.batches + other.batches,
         )
 
     @property
@@ -60,7 +66,7 @@ class Pace:
         """With the pictures of one more batch."""
         making: Making = batch.making
         pictures = len(batch.sample_ids)
-        made = Made(pictures, making.seconds, making.processor_seconds)
+        made = Made(pictures, making.seconds, making.processor_seconds, batches=1)
         before = self.made.get(making.worker, Made())
         return replace(self, pictures=self.pictures + pictures, made={**self.made, making.worker: before + made})
 
@@ -82,10 +88,33 @@ class Pace:
         """Pictures a second if none had to be waited for."""
         return self.per_s / max(1 - self.share(Phase.DATA), 1e-9)
 
-    @property
-    def made_per_s(self) -> float:
-        """Pictures a second that the workers can make; batches are taken in turn, so the slowest sets the pace."""
-        return len(self.made) * min((made.per_s for made in self.made.values()), default=0.0)
+    def slowest(self, workers: int) -> tuple[int, float] | None:
+        """A worker much slower than the others: its number, and how many times as long it takes for a picture.
+
+        None where there is no such, or not every one of the `workers` made enough batches to tell.
+        """
+        if workers < 2 or len(self.made) < workers:
+            return None
+        if min(made.batches for made in self.made.values()) < LEAST_BATCHES:
+            return None
+        worker = min(self.made, key=lambda number: self.made[number].per_s)
+        others = median(made.per_s for number, made in self.made.items() if number != worker)
+        times = others / max(self.made[worker].per_s, 1e-9)
+        return (worker, times) if times >= UNEVEN else None
+
+    def worker_per_s(self, workers: int) -> float:
+        """Pictures a second that each of the `workers` can contribute, by those that made any.
+
+        Batches are taken in turn, so where one is much slower than the others it sets the pace of all.
+        """
+        slow = self.slowest(workers)
+        if slow is not None:
+            return self.made[slow[0]].per_s
+        return sum(self.made.values(), Made()).per_s
+
+    def made_per_s(self, workers: int) -> float:
+        """Pictures a second that `workers` can make together; 0 workers: the training process itself does."""
+        return max(workers, 1) * self.worker_per_s(workers)
 
     @property
     def processors(self) -> float:

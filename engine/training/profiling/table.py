@@ -116,7 +116,7 @@ def figures(profile: Profile) -> dict[str, Any]:
         "plain_step_seconds": profile.plain.step_seconds,
         "steps": profile.marked.steps,
         "pictures_per_s": profile.pace.per_s,
-        "made_per_s": profile.pace.made_per_s,
+        "made_per_s": profile.pace.made_per_s(profile.circumstances.workers),
         "product_flops_per_s": profile.product_flops_per_s,
         "device_idle": profile.device_idle,
         "parts": [
