@@ -1,11 +1,13 @@
 """What bounds a run's speed, from its times; and those times: nothing between two marks is lost."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from fused_beit.engine.cpu import RunQueue
-from fused_beit.engine.training import timeline
+from fused_beit.engine.training import loop, timeline
 from fused_beit.engine.training.bottleneck import Circumstances, bottleneck
 from fused_beit.engine.training.pace import Made, Pace
 from fused_beit.engine.training.timeline import Part, Phase, StreamTimeline, Timeline, by_phase
@@ -97,6 +99,36 @@ def test_a_run_that_is_not_starved_says_what_bounds_it(seconds, words):
     said = bottleneck(pace(**seconds, data=0.05), CPU)
     for word in [*words, "waiting for pictures 5%", "2 workers make 500/s"]:
         assert word in said
+
+
+def test_another_rank_that_waits_for_pictures_is_named_though_this_one_does_not():
+    first = replace(pace(data=0.02, forward=0.3, backward=0.68), rank_waits=(0.02, 0.0, 0.05, 0.4))
+    later = replace(pace(data=0.02, forward=0.3, backward=0.68), rank_waits=(0.02, 0.1, 0.15, 0.4))
+    said = bottleneck(first + later, CPU)
+    assert said.startswith("Waits for rank 3, which waits 40% of the time for pictures, where rank 0 waits 2%")
+    even = replace(first, rank_waits=(0.02, 0.03, 0.03, 0.02))
+    assert bottleneck(even, CPU).startswith("Bound by the model")
+
+
+def test_every_ranks_wait_for_pictures_comes_with_the_log_line_in_its_one_reduction(clock, monkeypatch):
+    """Rank 1 of three, beside stand-ins for what the two others add; three bad pictures, and one asks to stop."""
+    reductions = []
+
+    def reduce_sum(values):
+        reductions.append(values)
+        return values + torch.tensor([1.0, 0.5, 2.0, 1.0, 3.0, 0.0, 0.25])
+
+    monkeypatch.setattr(loop, "reduce_sum", reduce_sum)
+    runtime = SimpleNamespace(rank=1, world_size=3)
+    engine = SimpleNamespace(runtime=runtime, grad_norm=lambda: 0.5, skipped=lambda: (2, 1))
+    interval = loop.Interval(torch.device("cpu"))
+    interval.passes = 1
+    walk(interval.timeline, clock, [((Phase.DATA,), 1.5), ((Phase.FORWARD,), 2.0)])
+    figures, rank_waits = interval.figures(engine, 1, False)
+    assert rank_waits == (3.0, 1.5, 0.25)
+    expected = {"loss": 1.0, "mlm_acc": 0.5, "bad_pictures": 3.0, "stop": 1.0}
+    assert figures == expected | {"grad_norm": 0.5, "skipped": 2.0, "skipped_in_a_row": 1.0}
+    assert len(reductions) == 1
 
 
 def test_communication_is_no_longer_the_models_when_it_is_known():

@@ -131,9 +131,9 @@ class Loop:
     def report(self, done: int, interval: "Interval") -> bool:
         """Read the interval's figures from the device, say them, and tell whether a rank was asked to stop."""
         engine, train = self.engine, self.settings.train
-        figures = interval.figures(engine, self.bad_pictures.count, self.stop.received)
+        figures, rank_waits = interval.figures(engine, self.bad_pictures.count, self.stop.received)
         seconds = interval.seconds()
-        pace = interval.pace()
+        pace = replace(interval.pace(), rank_waits=rank_waits)
         self.paces = [*self.paces[:1], sum(self.paces[1:], pace)]
         pictures_per_s = interval.steps(engine.accumulation) * train.global_batch / max(seconds, 1e-9)
         row: dict[str, Any] = {
@@ -228,15 +228,19 @@ class Interval:
     def steps(self, accumulation: int) -> float:
         return (self.passes - self.timed_from) / accumulation
 
-    def figures(self, engine: ZeroEngine, bad_pictures: int, stop: bool) -> dict[str, float]:
-        """Figures of all ranks together, in one reduction and one transfer."""
-        device = self.sums.device
-        mean = self.sums / (self.passes * engine.runtime.world_size)
-        per_rank = torch.tensor([bad_pictures, stop], dtype=torch.float32, device=device)
+    def figures(self, engine: ZeroEngine, bad_pictures: int, stop: bool) -> tuple[dict[str, float], tuple[float, ...]]:
+        """Figures of all ranks together and the seconds that each waited for pictures, in one reduction and transfer."""
+        device, runtime = self.sums.device, engine.runtime
+        mean = self.sums / (self.passes * runtime.world_size)
+        waits = [0.0] * runtime.world_size
+        waits[runtime.rank] = by_phase(self.timeline.seconds())[Phase.DATA]
+        per_rank = torch.tensor([bad_pictures, stop, *waits], dtype=torch.float32, device=device)
         summed = reduce_sum(torch.cat([mean, per_rank]))
         same = [torch.as_tensor(value, device=device).float() for value in (engine.grad_norm(), *engine.skipped())]
         names = ("loss", "mlm_acc", "bad_pictures", "stop", "grad_norm", "skipped", "skipped_in_a_row")
-        return dict(zip(names, torch.cat([summed, torch.stack(same)]).tolist(), strict=True))
+        values = torch.cat([summed, torch.stack(same)]).tolist()
+        end = 4 + runtime.world_size
+        return dict(zip(names, values[:4] + values[end:], strict=True)), tuple(values[4:end])
 
 
 def summary(row: dict[str, Any]) -> str:

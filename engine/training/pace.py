@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from statistics import median
 
 from ..data.loading import Batch, Making
@@ -47,6 +48,8 @@ class Pace:
     """Of all threads of this process, its data workers not counted."""
     queued_seconds: float = 0.0
     """That these threads were ready to run and had no processor; 0 where the system does not tell."""
+    rank_waits: tuple[float, ...] = ()
+    """Seconds that each rank waited for pictures, where they are known; the others wait for it when they exchange."""
 
     def __add__(self, other: "Pace") -> "Pace":
         phases = {phase: self.phases.get(phase, 0.0) + other.phases.get(phase, 0.0) for phase in Phase}
@@ -60,6 +63,7 @@ class Pace:
             made,
             self.processor_seconds + other.processor_seconds,
             self.queued_seconds + other.queued_seconds,
+            tuple(a + b for a, b in zip_longest(self.rank_waits, other.rank_waits, fillvalue=0.0)),
         )
 
     def taking(self, batch: Batch) -> "Pace":
@@ -82,6 +86,13 @@ class Pace:
     def share(self, *phases: Phase) -> float:
         """Share of the time that these phases took."""
         return sum(self.phases.get(phase, 0.0) for phase in phases) / max(self.seconds, 1e-9)
+
+    @property
+    def most_waiting(self) -> tuple[int, float]:
+        """The rank that waited longest for pictures, and which share of the time."""
+        waits = self.rank_waits or (self.phases.get(Phase.DATA, 0.0),)
+        rank = max(range(len(waits)), key=lambda rank: waits[rank])
+        return rank, waits[rank] / max(self.seconds, 1e-9)
 
     @property
     def could_per_s(self) -> float:
