@@ -45,8 +45,8 @@ def bottleneck(pace: Pace, run: Circumstances, communication: float = 0.0, detai
     if waited >= WAITING:
         return (
             f"Waits for rank {rank}, which waits {waited:.0%} of the time for pictures, where rank 0 waits "
-            f"{pace.share(Phase.DATA):.0%}; ranks wait for each other when they exchange: look at what else that rank's "
-            f"machine does and at its storage, or raise --data.workers."
+            f"{pace.share(Phase.DATA):.0%}; ranks wait for each other when they exchange: look at what else that "
+            f"rank's machine does and at its storage, or raise --data.workers."
         )
     shares = {
         MODEL: pace.share(Phase.FORWARD, Phase.BACKWARD) - communication,
