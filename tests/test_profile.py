@@ -173,7 +173,8 @@ def test_marks_change_no_loss_and_leave_nothing_behind(opened):
         assert "all_reduce" not in vars(zero.collectives())
 
 
-def test_the_parts_are_the_whole_step_and_flops_stand_where_they_are_known(opened, short_rounds, tmp_path):
+def test_the_parts_are_the_whole_step_and_flops_stand_where_they_are_known(opened, short_rounds, tmp_path, monkeypatch):
+    slowed(encoder.Mlp, monkeypatch)  # most of a step, however busy the machine is
     with opened() as run:
         profile = profiling.profile(run, tmp_path / "run" / "trace.json")
         flops = run.flops
@@ -190,6 +191,20 @@ def test_the_parts_are_the_whole_step_and_flops_stand_where_they_are_known(opene
         assert name in table
     names = {event["name"] for event in json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]}
     assert {"data", "tokenizer", "forward: attention", "backward: mlp", "optimizer"} <= names
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fast", "side"),
+    [(torch.bfloat16, False, measure.IMITATED_SIDE), (torch.bfloat16, True, 512), (torch.float32, False, 512)],
+)
+def test_the_product_is_smaller_where_bf16_is_imitated(monkeypatch, dtype, fast, side):
+    monkeypatch.setattr(measure, "has_bf16", lambda: fast)
+    monkeypatch.setattr(measure, "PRODUCT_SIDE", {"cpu": 512})
+    monkeypatch.setattr(measure.Product, "once", lambda self: 1.0)
+    product = measure.Product(torch.device("cpu"), dtype)
+    product.measure()
+    assert product.left.shape == product.right.shape == (side, side)
+    assert product.flops_per_s == 2.0 * side**3
 
 
 def test_the_tokenizers_flops_are_those_of_its_convolutions():
@@ -213,7 +228,7 @@ class Slow(Subset):
 
 class OneSlow(Subset):
     def load(self, index, needed=None):
-        time.sleep(0.04 if get_worker_info().id == 1 else 0.002)
+        time.sleep(0.2 if get_worker_info().id == 1 else 0.0)
         return super().load(index, needed)
 """
 
@@ -251,13 +266,15 @@ def test_a_starved_loader_is_named_by_the_profile_and_by_the_runs_end(
 
 def test_one_slow_worker_of_two_is_named(starve, tmp_path, tokenizer, capsys):
     starve("OneSlow")
-    assert pretrain(small_settings(tmp_path / "run", tokenizer, data__workers=2, train__max_steps=8))
+    how = {"data__workers": 2, "train__global_batch": 4, "train__max_steps": 10}
+    assert pretrain(small_settings(tmp_path / "run", tokenizer, **how))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Waits ")]
     assert "worker 1 takes" in line
     assert "times as long as the others" in line
 
 
 def test_a_run_that_is_not_starved_says_what_bounds_it(tmp_path, tokenizer, monkeypatch, capsys):
+    monkeypatch.setattr(sys.modules[__name__], "PLANTED", 0.1)
     slowed(encoder.Mlp, monkeypatch)
     assert pretrain(small_settings(tmp_path / "run", tokenizer, train__global_batch=2))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Bound by ")]

@@ -14,6 +14,7 @@ import torch
 from torch.profiler import ProfilerActivity, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
+from ...cpu import has_bf16
 from ...errors import UserError
 from ...models.flops import pretraining_flops_by_part
 from ...tokenizer.dvae import DiscreteVAE
@@ -34,6 +35,7 @@ BUDGET_SECONDS = 30.0  # for all rounds, where the least number of them takes le
 LEAST_STEPS = WARM_STEPS + 2 * ROUNDS[0] + TRACED_STEPS
 PRODUCTS = 3  # in a round
 PRODUCT_SIDE = {"cpu": 1536, "cuda": 8192}
+IMITATED_SIDE = 256  # at most, for bf16 on a processor that has none, where a product of the usual side takes seconds
 WAITS = {"Event Sync", "Stream Wait Event", "Stream Sync", "Context Sync", "Unknown Sync"}  # kineto's names, on a GPU
 
 
@@ -284,7 +286,8 @@ class Product:
     """A large square product of matrices, to judge FLOP/s by, in the same minutes as the steps."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.side = PRODUCT_SIDE[device.type]
+        imitated = device.type == "cpu" and dtype == torch.bfloat16 and not has_bf16()
+        self.side = min(PRODUCT_SIDE[device.type], IMITATED_SIDE) if imitated else PRODUCT_SIDE[device.type]
         self.left, self.right = (torch.randn(self.side, self.side, device=device).to(dtype) for _ in range(2))
         self.flops = self.seconds = 0.0
         self.once()
