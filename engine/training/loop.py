@@ -164,7 +164,10 @@ class Loop:
         return figures["stop"] > 0
 
     def pace(self) -> Pace:
-        """Of this session, without the steps before its first log line: there everything is done for the first time."""
+        """Of this session, without the steps before its first log line: there everything is done for the first time.
+
+        With a single log line these are all steps there are, and it is of them.
+        """
         return self.paces[-1] if self.paces else Pace()
 
     def close(self) -> None:
@@ -229,7 +232,7 @@ class Interval:
         return (self.passes - self.timed_from) / accumulation
 
     def figures(self, engine: ZeroEngine, bad_pictures: int, stop: bool) -> tuple[dict[str, float], tuple[float, ...]]:
-        """Figures of all ranks together and the seconds that each waited for pictures, in one reduction and transfer."""
+        """Figures of all ranks together and the seconds each waited for pictures, in one reduction and transfer."""
         device, runtime = self.sums.device, engine.runtime
         mean = self.sums / (self.passes * runtime.world_size)
         waits = [0.0] * runtime.world_size
