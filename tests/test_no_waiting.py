@@ -38,6 +38,7 @@ ALLOWED = {
     ("engine/training/profiling/measure.py", "Product.once"): "no step: it times a product",
     ("engine/tokenizer/files.py", "saved_state"): ON_DISK,
     ("engine/tokenizer/files.py", "digest"): ON_DISK,
+    ("engine/tokenizer/published.py", "load_published"): ON_DISK,
     ("engine/tokenizer/quality.py", "*"): AFTER_THE_RUN,
     ("engine/tokenizer/training.py", "fit"): "the log line of a tokenizer's training",
     ("kernels/adapters/fused.py", "known_window"): "when fuse() looks at a model",
@@ -68,19 +69,24 @@ def waits(text: str) -> Iterator[tuple[str, str]]:
 
 def brings_values(call: ast.Call) -> bool:
     name = call.func.attr if isinstance(call.func, ast.Attribute) else ""
-    to_cpu = name == "to" and any(isinstance(a, ast.Constant) and a.value == "cpu" for a in call.args)
+    given = [*call.args, *(keyword.value for keyword in call.keywords)]
+    to_cpu = name == "to" and any(isinstance(a, ast.Constant) and a.value == "cpu" for a in given)
     where = name == "where" and len(call.args) == 1 and not call.keywords
     converts = isinstance(call.func, ast.Name) and call.func.id in ("int", "float", "bool")
     return name in METHODS or to_cpu or where or (converts and any(map(is_reduction, call.args)))
 
 
 def is_reduction(node: ast.AST) -> bool:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in REDUCTIONS
+    """Whether a tensor may be reduced here; what `math` is given is a number already."""
+    if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+        return False
+    of_numbers = isinstance(node.func.value, ast.Name) and node.func.value.id == "math"
+    return node.func.attr in REDUCTIONS and not of_numbers
 
 
 def asks_a_tensor(node: ast.AST) -> bool:
-    """`if x.any():` and the like."""
-    return isinstance(node, ast.If | ast.While | ast.IfExp | ast.Assert) and any(map(is_reduction, (node.test,)))
+    """`if x.any():` and the like, anywhere in the condition."""
+    return isinstance(node, ast.If | ast.While | ast.IfExp | ast.Assert) and any(map(is_reduction, ast.walk(node.test)))
 
 
 def by_mask(node: ast.AST) -> bool:
@@ -123,6 +129,7 @@ def test_nothing_in_a_steps_way_waits_for_the_device(root):
         "loss.item()",
         "x.cpu()",
         "x.to('cpu')",
+        "x.to(device='cpu')",
         "x.detach().tolist()",
         "torch.nonzero(x)",
         "torch.where(x)",
@@ -134,6 +141,9 @@ def test_nothing_in_a_steps_way_waits_for_the_device(root):
         "x[batch.mask] = 0",
         "float(x.sum())",
         "y = 1 if x.any() else 2",
+        "y = 1 if not x.any() else 2",
+        "if a and x.any():\n        pass",
+        "assert x.sum() > 0",
         "while (x > 0).all():\n        pass",
     ],
 )
@@ -143,7 +153,15 @@ def test_a_wait_in_the_source_is_noticed(line):
 
 @pytest.mark.parametrize(
     "line",
-    ["x[1:, None]", "x[index]", "x.to(device)", "torch.where(x > 0, x, 0)", "int(side)", "y: dict[str, A | None] = {}"],
+    [
+        "x[1:, None]",
+        "x[index]",
+        "x.to(device)",
+        "torch.where(x > 0, x, 0)",
+        "int(side)",
+        "assert math.isfinite(x)",
+        "y: dict[str, A | None] = {}",
+    ],
 )
 def test_what_does_not_wait_is_let_be(line):
     assert list(waits(f"def f(x: list[A | None]) -> tuple[A | None]:\n    {line}")) == []

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -290,6 +291,7 @@ def test_sigterm_saves_and_ends_with_code_75(run, tmp_path, tokenizer, root, who
     assert process.returncode == 75, output
     step = train_rows(tmp_path / "stopped")[-1]["step"]
     assert f"stopped at step {step}" in output
+    assert re.search(r"^(Bound by|Waits) ", output, re.MULTILINE), "what bound it is said here too"
     assert (tmp_path / "stopped" / "checkpoints" / f"step-{step:08d}" / "MANIFEST.json").exists()
 
 

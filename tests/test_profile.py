@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from fused_beit.engine.training import pretraining, profiling, zero
 from fused_beit.engine.training.loop import Interval
 from fused_beit.engine.training.pretraining import open_run, pretrain
 from fused_beit.engine.training.profiling import measure
-from fused_beit.engine.training.profiling.measure import LEAST_STEPS, idle_share, plan
+from fused_beit.engine.training.profiling.measure import LEAST_STEPS, device_idle, idle_share, plan
 from fused_beit.engine.training.profiling.parts import marked
 from fused_beit.engine.training.profiling.table import rows
 from fused_beit.engine.training.timeline import Part, Phase
@@ -128,6 +129,24 @@ def test_a_slow_collective_is_communication_wherever_it_happens(opened, monkeypa
     assert sum(value for key, value in seconds.items() if key[1] == Part.COMMUNICATION) >= PLANTED
 
 
+def test_without_marks_in_backward_no_mark_is_set_while_autograd_runs(opened, monkeypatch):
+    """On a GPU that is another thread, from which DeepSpeed starts collectives too."""
+    set_in = set()
+    with opened(zero__stage=1) as run:
+        interval = Interval(run.runtime.device)
+        enter_part = interval.timeline.enter_part
+
+        def noted(part):
+            set_in.add((interval.timeline.phase, part))
+            return enter_part(part)
+
+        monkeypatch.setattr(interval.timeline, "enter_part", noted)
+        with marked(run.engine, interval.timeline, backward=False):
+            run.loop.train_step(0, interval)
+    assert (Phase.FORWARD, Part.MLP) in set_in
+    assert not {key for key in set_in if key[0] == Phase.BACKWARD or key[1] == Part.COMMUNICATION}
+
+
 def test_marks_change_no_loss_and_leave_nothing_behind(opened):
     def losses(run, marks):
         interval = Interval(run.runtime.device)
@@ -153,7 +172,8 @@ def test_marks_change_no_loss_and_leave_nothing_behind(opened):
         assert "all_reduce" not in vars(zero.collectives())
 
 
-def test_the_parts_are_the_whole_step_and_flops_stand_where_they_are_known(opened, short_rounds, tmp_path):
+def test_the_parts_are_the_whole_step_and_flops_stand_where_they_are_known(opened, short_rounds, tmp_path, monkeypatch):
+    slowed(encoder.Mlp, monkeypatch)  # most of a step, however busy the machine is
     with opened() as run:
         profile = profiling.profile(run, tmp_path / "run" / "trace.json")
         flops = run.flops
@@ -172,6 +192,20 @@ def test_the_parts_are_the_whole_step_and_flops_stand_where_they_are_known(opene
     assert {"data", "tokenizer", "forward: attention", "backward: mlp", "optimizer"} <= names
 
 
+@pytest.mark.parametrize(
+    ("dtype", "fast", "side"),
+    [(torch.bfloat16, False, measure.IMITATED_SIDE), (torch.bfloat16, True, 512), (torch.float32, False, 512)],
+)
+def test_the_product_is_smaller_where_bf16_is_imitated(monkeypatch, dtype, fast, side):
+    monkeypatch.setattr(measure, "has_bf16", lambda: fast)
+    monkeypatch.setattr(measure, "PRODUCT_SIDE", {"cpu": 512})
+    monkeypatch.setattr(measure.Product, "once", lambda self: 1.0)
+    product = measure.Product(torch.device("cpu"), dtype)
+    product.measure()
+    assert product.left.shape == product.right.shape == (side, side)
+    assert product.flops_per_s == 2.0 * side**3
+
+
 SLOW_SOURCES = """
 import time
 from torch.utils.data import get_worker_info
@@ -184,7 +218,7 @@ class Slow(Subset):
 
 class OneSlow(Subset):
     def load(self, index, needed=None):
-        time.sleep(0.04 if get_worker_info().id == 1 else 0.002)
+        time.sleep(0.2 if get_worker_info().id == 1 else 0.0)
         return super().load(index, needed)
 """
 
@@ -222,13 +256,15 @@ def test_a_starved_loader_is_named_by_the_profile_and_by_the_runs_end(
 
 def test_one_slow_worker_of_two_is_named(starve, tmp_path, tokenizer, capsys):
     starve("OneSlow")
-    assert pretrain(small_settings(tmp_path / "run", tokenizer, data__workers=2, train__max_steps=8))
+    how = {"data__workers": 2, "train__global_batch": 4, "train__max_steps": 10}
+    assert pretrain(small_settings(tmp_path / "run", tokenizer, **how))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Waits ")]
     assert "worker 1 takes" in line
     assert "times as long as the others" in line
 
 
 def test_a_run_that_is_not_starved_says_what_bounds_it(tmp_path, tokenizer, monkeypatch, capsys):
+    monkeypatch.setattr(sys.modules[__name__], "PLANTED", 0.1)
     slowed(encoder.Mlp, monkeypatch)
     assert pretrain(small_settings(tmp_path / "run", tokenizer, train__global_batch=2))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Bound by ")]
@@ -283,6 +319,22 @@ def test_time_that_no_kernel_covers_is_idle():
     assert idle_share([]) == 0
     assert idle_share([(0, 4), (2, 6), (8, 10)]) == pytest.approx(0.2)
     assert idle_share([(8, 10), (0, 10), (1, 2)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "annotation"),
+    [("forward: mlp", True), ("Stream Wait Event", False), ("Event Sync", False), ("Context Sync", False)],
+)
+def test_a_named_range_and_a_wait_on_the_gpu_are_no_work(name, annotation):
+    """Stand-ins for a trace's events: two kernels with a pause between them, and something over all of it."""
+
+    def event(name, start, end, device=torch.autograd.DeviceType.CUDA, annotation=False):
+        span = SimpleNamespace(start=start, end=end)
+        return SimpleNamespace(name=name, time_range=span, device_type=device, is_user_annotation=annotation)
+
+    kernels = [event("gemm", 0, 2), event("gemm", 8, 10), event("aten::mm", 0, 10, torch.autograd.DeviceType.CPU)]
+    assert device_idle(kernels) == pytest.approx(0.6)
+    assert device_idle([*kernels, event(name, 0, 10, annotation=annotation)]) == pytest.approx(0.6)
 
 
 def test_the_script_prints_the_table_and_leaves_its_files(root, tmp_path, tokenizer):

@@ -2,15 +2,13 @@
 
 import math
 from dataclasses import dataclass
-from statistics import median
 
 from .pace import Pace
 from .timeline import Phase
 
 WAITING = 0.10  # share of the time spent waiting for pictures from which on they are what bounds the run
-UNEVEN = 1.5  # how much longer than the others one worker takes when it is the one to look at
 STORAGE = 0.5  # share of a worker's time in which a processor works, below which it is storage that it waits for
-CROWDED = 0.6  # processors a thread below which something else has the cores; operators leave a thread idle at times
+CROWDED = 0.25  # share of the time in which threads could run that they waited for a core, from which on it is said
 WORTH_NAMING = 0.2  # share of the time from which on a part beside the largest is worth a word
 
 MODEL, TOKENIZER, OPTIMIZER = "the model", "the tokenizer", "the optimizer"
@@ -43,6 +41,13 @@ def bottleneck(pace: Pace, run: Circumstances, communication: float = 0.0, detai
         return "No step was timed."
     if pace.share(Phase.DATA) >= WAITING:
         return starved(pace, run)
+    rank, waited = pace.most_waiting
+    if waited >= WAITING:
+        return (
+            f"Waits for rank {rank}, which waits {waited:.0%} of the time for pictures, where rank 0 waits "
+            f"{pace.share(Phase.DATA):.0%}; ranks wait for each other when they exchange: look at what else that "
+            f"rank's machine does and at its storage, or raise --data.workers."
+        )
     shares = {
         MODEL: pace.share(Phase.FORWARD, Phase.BACKWARD) - communication,
         TOKENIZER: pace.share(Phase.TOKENIZER),
@@ -58,26 +63,27 @@ def bottleneck(pace: Pace, run: Circumstances, communication: float = 0.0, detai
     takes = ", ".join([takes, *beside])
     return (
         f"Bound by {largest}: {takes}, waiting for pictures {pace.share(Phase.DATA):.0%} "
-        f"({loaders(pace, run)} {amount(pace.made_per_s)}/s, {amount(pace.per_s)}/s are used); "
-        f"{advice(largest, pace, run)}."
+        f"({loaders(run)} {amount(pace.made_per_s(run.workers))}/s, {amount(pace.per_s)}/s are used); "
+        f"{crowding(pace, run)}{advice(largest, run)}."
     )
 
 
 def starved(pace: Pace, run: Circumstances) -> str:
     """The sentence of a run that waits for pictures."""
+    made_per_s = pace.made_per_s(run.workers)
     facts = (
-        f"Waits {pace.share(Phase.DATA):.0%} of the time for pictures: {loaders(pace, run)} "
-        f"{amount(pace.made_per_s)}/s, the rest of the step could take {amount(pace.could_per_s)}/s"
+        f"Waits {pace.share(Phase.DATA):.0%} of the time for pictures: {loaders(run)} "
+        f"{amount(made_per_s)}/s, the rest of the step could take {amount(pace.could_per_s)}/s"
     )
-    slow = slowest(pace)
+    slow = pace.slowest(run.workers)
     if slow is not None:
         number, times = slow
         return (
             f"{facts}; worker {number} takes {times:.1f} times as long as the others, and batches are taken in turn: "
             f"look at what slows that process, or raise --data.workers."
         )
-    needed = max(run.workers + 1, math.ceil(max(run.workers, 1) * pace.could_per_s / max(pace.made_per_s, 1e-9)))
-    if run.workers and pace.made_per_s >= pace.could_per_s:
+    needed = max(run.workers + 1, math.ceil(pace.could_per_s / max(pace.worker_per_s(run.workers), 1e-9)))
+    if run.workers and made_per_s >= pace.could_per_s:
         return (
             f"{facts}, but some batches take far longer to make or to hand over than others, and all wait their turn: "
             f"raise --data.workers to {needed}."
@@ -99,27 +105,15 @@ def raise_to(run: Circumstances) -> str:
     return f", and set --data.workers to {run.cores}" if run.workers < run.cores else ""
 
 
-def loaders(pace: Pace, run: Circumstances) -> str:
+def loaders(run: Circumstances) -> str:
     """Who makes the pictures, with its verb."""
     if run.workers == 0:
         return "the training process itself makes"
-    return f"{len(pace.made)} worker{' makes' if len(pace.made) == 1 else 's make'}"
+    return f"{run.workers} worker{' makes' if run.workers == 1 else 's make'}"
 
 
-def slowest(pace: Pace) -> tuple[int, float] | None:
-    """A worker much slower than the others: its number, and how many times as long it takes for a picture."""
-    if len(pace.made) < 2:
-        return None
-    worker = min(pace.made, key=lambda number: pace.made[number].per_s)
-    others = median(made.per_s for number, made in pace.made.items() if number != worker)
-    times = others / max(pace.made[worker].per_s, 1e-9)
-    return (worker, times) if times >= UNEVEN else None
-
-
-def advice(largest: str, pace: Pace, run: Circumstances) -> str:
+def advice(largest: str, run: Circumstances) -> str:
     """What would make the largest part smaller."""
-    if is_crowded(pace, run):
-        return f"it had {processors(pace, run)}: look first at what else runs on the cores"
     if largest == TOKENIZER:
         return f"a smaller tokenizer{' (--tokenizer.width)' if run.trains_tokenizer else ''} costs less"
     if largest == OPTIMIZER:
@@ -140,9 +134,21 @@ def processors(pace: Pace, run: Circumstances) -> str:
     return f"{pace.processors:.2f} processors for its {run.threads} thread{'' if run.threads == 1 else 's'}"
 
 
+def crowding(pace: Pace, run: Circumstances) -> str:
+    """What comes before any other advice where the threads that train had to share their cores."""
+    if not is_crowded(pace, run):
+        return ""
+    return f"{queued(pace)}, so look first at what else runs on the cores; then, "
+
+
+def queued(pace: Pace) -> str:
+    """`its threads waited 45% of their time for a core`"""
+    return f"its threads waited {pace.queued_share:.0%} of their time for a core"
+
+
 def is_crowded(pace: Pace, run: Circumstances) -> bool:
-    """Whether the threads that train had to share their processors."""
-    return run.threads is not None and pace.processors < CROWDED * run.threads
+    """Whether the threads that train had to share their cores; threads that wait for each other leave them free."""
+    return run.threads is not None and pace.queued_share >= CROWDED
 
 
 def amount(per_s: float) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import Settings
+from ..cpu import RunQueue
 from ..data.loading import BadPictureLog, Batch
 from ..errors import RankError, UserError
 from ..tokenizer.dvae import DiscreteVAE
@@ -130,9 +131,9 @@ class Loop:
     def report(self, done: int, interval: "Interval") -> bool:
         """Read the interval's figures from the device, say them, and tell whether a rank was asked to stop."""
         engine, train = self.engine, self.settings.train
-        figures = interval.figures(engine, self.bad_pictures.count, self.stop.received)
+        figures, rank_waits = interval.figures(engine, self.bad_pictures.count, self.stop.received)
         seconds = interval.seconds()
-        pace = interval.pace()
+        pace = replace(interval.pace(), rank_waits=rank_waits)
         self.paces = [*self.paces[:1], sum(self.paces[1:], pace)]
         pictures_per_s = interval.steps(engine.accumulation) * train.global_batch / max(seconds, 1e-9)
         row: dict[str, Any] = {
@@ -147,7 +148,7 @@ class Loop:
             "bad_pictures": int(figures["bad_pictures"]),
             "images_per_s": pictures_per_s,
             "data_wait": pace.share(Phase.DATA),
-            "data_per_s": pace.made_per_s,
+            "data_per_s": pace.made_per_s(self.settings.data.workers),
         }
         if self.peak_flops is not None:
             row["mfu"] = pictures_per_s * self.flops_per_picture / (self.peak_flops * engine.runtime.world_size)
@@ -163,7 +164,10 @@ class Loop:
         return figures["stop"] > 0
 
     def pace(self) -> Pace:
-        """Of this session, without the steps before its first log line: there everything is done for the first time."""
+        """Of this session, without the steps before its first log line: there everything is done for the first time.
+
+        With a single log line these are all steps there are, and it is of them.
+        """
         return self.paces[-1] if self.paces else Pace()
 
     def close(self) -> None:
@@ -204,7 +208,7 @@ class Interval:
         self.timed_from = self.passes
         self.taken = Pace()
         self.timeline.restart()
-        self.began, self.processor_began = time.monotonic(), time.process_time()
+        self.began, self.processor_began, self.queue = time.monotonic(), time.process_time(), RunQueue()
 
     def add(self, batch: Batch, loss: Tensor, accuracy: Tensor) -> None:
         self.sums += torch.stack([loss.detach(), accuracy]).float()
@@ -214,7 +218,12 @@ class Interval:
     def pace(self) -> Pace:
         """Speed of this rank and where its time went; read only where the host waits for the device anyway."""
         processor_seconds = time.process_time() - self.processor_began
-        return replace(self.taken, phases=by_phase(self.timeline.seconds()), processor_seconds=processor_seconds)
+        return replace(
+            self.taken,
+            phases=by_phase(self.timeline.seconds()),
+            processor_seconds=processor_seconds,
+            queued_seconds=self.queue.seconds(),
+        )
 
     def seconds(self) -> float:
         return time.monotonic() - self.began
@@ -222,15 +231,19 @@ class Interval:
     def steps(self, accumulation: int) -> float:
         return (self.passes - self.timed_from) / accumulation
 
-    def figures(self, engine: ZeroEngine, bad_pictures: int, stop: bool) -> dict[str, float]:
-        """Figures of all ranks together, in one reduction and one transfer."""
-        device = self.sums.device
-        mean = self.sums / (self.passes * engine.runtime.world_size)
-        per_rank = torch.tensor([bad_pictures, stop], dtype=torch.float32, device=device)
+    def figures(self, engine: ZeroEngine, bad_pictures: int, stop: bool) -> tuple[dict[str, float], tuple[float, ...]]:
+        """Figures of all ranks together and the seconds each waited for pictures, in one reduction and transfer."""
+        device, runtime = self.sums.device, engine.runtime
+        mean = self.sums / (self.passes * runtime.world_size)
+        waits = [0.0] * runtime.world_size
+        waits[runtime.rank] = by_phase(self.timeline.seconds())[Phase.DATA]
+        per_rank = torch.tensor([bad_pictures, stop, *waits], dtype=torch.float32, device=device)
         summed = reduce_sum(torch.cat([mean, per_rank]))
         same = [torch.as_tensor(value, device=device).float() for value in (engine.grad_norm(), *engine.skipped())]
         names = ("loss", "mlm_acc", "bad_pictures", "stop", "grad_norm", "skipped", "skipped_in_a_row")
-        return dict(zip(names, torch.cat([summed, torch.stack(same)]).tolist(), strict=True))
+        values = torch.cat([summed, torch.stack(same)]).tolist()
+        end = 4 + runtime.world_size
+        return dict(zip(names, values[:4] + values[end:], strict=True)), tuple(values[4:end])
 
 
 def summary(row: dict[str, Any]) -> str:

@@ -254,6 +254,7 @@ class Run:
         newest = folder.checkpoints / checkpoint.tag_of(done)
         if stopped:
             print(f"stopped at step {done} as asked and saved {newest}; go on with --resume auto")
+            print(self.bottleneck())
             return
         link_model(newest / "model.safetensors", folder.model)
         write_report(folder.report, self.report(done, evaluation, rows, bad))

@@ -85,10 +85,16 @@ class Timeline:
 class StreamTimeline(Timeline):
     """The same on a GPU's own clock, for operators that the host has only queued.
 
-    A mark is an event in the current stream. What a phase gets is the time from when the device reached its first mark
-    until it reached the next one: its operators, and the pauses before them in which the device had nothing to do.
-    Waiting for data counts only where the device really ran dry.
+    A mark is an event in the stream that was current when the timeline was made, the one that computes, whichever is
+    current where the mark is set: times between two streams' events mean nothing, and DeepSpeed starts collectives
+    inside a stream of its own. What a phase gets is the time from when the device reached its first mark until it
+    reached the next one: its operators, and the pauses before them in which the device had nothing to do. Waiting for
+    data counts only where the device really ran dry, and a collective in another stream where this one waits for it.
     """
+
+    def __init__(self) -> None:
+        self._stream = torch.cuda.current_stream()
+        super().__init__()
 
     def restart(self) -> None:
         self._events: list[tuple[torch.cuda.Event, Key]] = []
@@ -109,7 +115,7 @@ class StreamTimeline(Timeline):
 
     def _mark(self) -> None:
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(self._stream)
         self._events.append((event, (self.phase, self.part)))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, record_function
 
+from ...cpu import has_bf16
 from ...errors import UserError
 from ...models.flops import pretraining_flops_by_part
 from ...tokenizer.flops import encoding_flops
@@ -32,6 +33,8 @@ BUDGET_SECONDS = 30.0  # for all rounds, where the least number of them takes le
 LEAST_STEPS = WARM_STEPS + 2 * ROUNDS[0] + TRACED_STEPS
 PRODUCTS = 3  # in a round
 PRODUCT_SIDE = {"cpu": 1536, "cuda": 8192}
+IMITATED_SIDE = 256  # at most, for bf16 on a processor that has none, where a product of the usual side takes seconds
+WAITS = {"Event Sync", "Stream Wait Event", "Stream Sync", "Context Sync", "Unknown Sync"}  # kineto's names, on a GPU
 
 
 @dataclass(frozen=True)
@@ -170,8 +173,9 @@ class Steps:
             interval.sums.tolist()
             seconds = interval.timeline.seconds()
             processor_seconds = time.process_time() - began
+            taken = replace(interval.taken, queued_seconds=interval.queue.seconds())
         self.next += count
-        return Stretch(count, seconds, interval.taken, processor_seconds)
+        return Stretch(count, seconds, taken, processor_seconds)
 
 
 class RangedTimeline(Timeline):
@@ -207,15 +211,30 @@ def write_trace(steps: Steps, path: Path) -> float | None:
     trace = torch.profiler.profile(activities=activities)
     with without_stderr():
         trace.start()
-    # Backward runs in a thread of its own on a GPU, and a range may not end in another thread than it began in.
+    # Backward runs in a thread of its own on a GPU, collectives in it, and a range may not end in another thread than
+    # it began in.
     steps.take(TRACED_STEPS, marks=True, marks_backward=not on_gpu, timeline=RangedTimeline())
     with without_stderr():
         trace.stop()
     trace.export_chrome_trace(str(path))
     if not on_gpu:
         return None
-    on_device = [event for event in trace.events() or [] if event.device_type == torch.autograd.DeviceType.CUDA]
-    return idle_share((event.time_range.start, event.time_range.end) for event in on_device)
+    return device_idle(trace.events() or [])
+
+
+def device_idle(events: Iterable[Any]) -> float:
+    """Share of a trace in which the GPU had nothing to do.
+
+    Kineto also puts on the device what is no work: the ranges that a person named, which cover all that is between
+    their first and last kernel, and the waits of one stream for another.
+    """
+    return idle_share(
+        (event.time_range.start, event.time_range.end)
+        for event in events
+        if event.device_type == torch.autograd.DeviceType.CUDA
+        and not event.is_user_annotation
+        and event.name not in WAITS
+    )
 
 
 @contextmanager
@@ -258,7 +277,8 @@ class Product:
     """A large square product of matrices, to judge FLOP/s by, in the same minutes as the steps."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
-        self.side = PRODUCT_SIDE[device.type]
+        imitated = device.type == "cpu" and dtype == torch.bfloat16 and not has_bf16()
+        self.side = min(PRODUCT_SIDE[device.type], IMITATED_SIDE) if imitated else PRODUCT_SIDE[device.type]
         self.left, self.right = (torch.randn(self.side, self.side, device=device).to(dtype) for _ in range(2))
         self.flops = self.seconds = 0.0
         self.once()

@@ -121,7 +121,11 @@ class Marks:
 
 @contextmanager
 def marked(engine: zero.ZeroEngine, timeline: Timeline, *, backward: bool = True) -> Iterator[None]:
-    """Tell parts apart on `timeline` in the steps that `engine` does inside the `with` block."""
+    """Tell parts apart on `timeline` in the steps that `engine` does inside the `with` block.
+
+    backward: also in what autograd runs, on a GPU in a thread of its own: the graph's nodes, and the collectives, most
+              of which DeepSpeed starts from there.
+    """
     marks = Marks(timeline)
     with ExitStack() as stack:
         for module in engine.module.modules():
@@ -137,9 +141,9 @@ def marked(engine: zero.ZeroEngine, timeline: Timeline, *, backward: bool = True
                 original(loss)
 
             stack.enter_context(replaced(engine, "backward", backward_of))
-        collectives = zero.collectives()
-        for name in filter(partial(hasattr, collectives), zero.COLLECTIVES):
-            stack.enter_context(replaced(collectives, name, communicating(marks, getattr(collectives, name))))
+            collectives = zero.collectives()
+            for name in filter(partial(hasattr, collectives), zero.COLLECTIVES):
+                stack.enter_context(replaced(collectives, name, communicating(marks, getattr(collectives, name))))
         yield
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ..bottleneck import bottleneck, is_crowded, processors
+from ..bottleneck import bottleneck, is_crowded, processors, queued
 from ..timeline import Part, Phase
 from .measure import Profile
 
@@ -89,7 +89,7 @@ def notes(profile: Profile) -> list[str]:
     if profile.on_cpu:
         result.append(f"the process had {processors(profile.pace, profile.circumstances)}")
         if is_crowded(profile.pace, profile.circumstances):
-            result[-1] += ": something else has the rest, and alone it is faster than this"
+            result[-1] += f"; {queued(profile.pace)}, and alone it is faster than this"
     if profile.device_idle is not None:
         result.append(
             f"under the trace, which slows the host, the GPU had nothing to do {profile.device_idle:.0%} of the time"
@@ -116,7 +116,7 @@ def figures(profile: Profile) -> dict[str, Any]:
         "plain_step_seconds": profile.plain.step_seconds,
         "steps": profile.marked.steps,
         "pictures_per_s": profile.pace.per_s,
-        "made_per_s": profile.pace.made_per_s,
+        "made_per_s": profile.pace.made_per_s(profile.circumstances.workers),
         "product_flops_per_s": profile.product_flops_per_s,
         "device_idle": profile.device_idle,
         "parts": [
