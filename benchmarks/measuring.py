@@ -12,7 +12,7 @@ from fused_beit.kernels import ImplUnavailable
 
 from .cases import Case, Work
 from .providers import BOUND, PEER, Provider
-from .rounds import AbsentError, Drive, Outputs, Row, every_round, quartiles, time_in_turn
+from .rounds import AbsentError, Drive, Outputs, Row, every_round, quartiles, time_in_turn, time_once
 from .timers import Run, device_timer, memory, timed_by
 
 Told = Callable[[str], None]
@@ -139,10 +139,12 @@ def _time_providers(
         collect(device)
     label = f"{case}, {direction}"
     timer = device_timer(device)
+    once, lacking = time_once(runs, timer)
+    absent |= lacking
+    runs = {name: runs[name] for name in once}
     timed = []
     if runs:
-        a_round = sum(timer(run) for run in runs.values())
-        rounds = min(rounds, max(5, int(seconds / a_round)))
+        rounds = min(rounds, max(5, int(seconds / sum(once.values()))))
         timed = time_in_turn(label, runs, rounds=rounds, timer=timer, drive=drive, errors=checked.errors)
     waiting = {name for name, run in runs.items() if run in getattr(timer, "waits_for_host", ())}
     rows = {row.provider: row for row in timed}

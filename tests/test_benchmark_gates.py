@@ -154,6 +154,44 @@ def test_the_spread_of_ratios_is_that_within_the_rounds():
     assert rows[0].facts == rows[2].facts == {}
 
 
+class Hungry:
+    """Work that is out of memory from its `calls`-th run on."""
+
+    def __init__(self, calls: int) -> None:
+        self.calls = calls
+
+    def __call__(self) -> None:
+        self.calls -= 1
+        if self.calls <= 0:
+            raise torch.OutOfMemoryError("tried to allocate what there is not")
+
+
+@pytest.mark.parametrize(("calls", "when"), [(1, "at once"), (2, "when warm"), (4, "in the second round")])
+def test_a_provider_out_of_memory_while_it_is_timed_costs_nobody_else_a_time(calls, when):
+    runs = {"first": lambda: None, "hungry": Hungry(calls), "last": lambda: None}
+    first, hungry, last = rounds.time_in_turn("case", runs, rounds=3)
+    assert hungry.absent == "out of memory while it was timed: tried to allocate what there is not", when
+    assert hungry.seconds == []
+    assert len(first.seconds) == len(last.seconds) == 3
+    assert last.ratio > 0
+
+
+def test_without_the_memory_for_the_first_provider_there_are_times_and_no_ratio_to_it():
+    hungry, other, last = rounds.time_in_turn(
+        "case", {"first": Hungry(4), "other": lambda: None, "last": lambda: None}, rounds=3
+    )
+    assert hungry.absent
+    assert len(other.seconds) == len(last.seconds) == 3
+    assert other.ratio is last.ratio is None
+    hungry, other, last = rounds.time_in_turn(
+        "case", {"first": Hungry(1), "other": lambda: None, "last": lambda: None}, rounds=3
+    )
+    assert hungry.absent
+    assert (other.ratio, last.over) == (None, "other")
+    (alone,) = rounds.time_in_turn("case", {"first": Hungry(1)}, rounds=3)
+    assert alone.absent
+
+
 def test_ids_of_worse_codes_are_refused():
     check_ids = benchmark("bench_tokenizer").check_ids
     exact = torch.randn(2, 4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
