@@ -87,7 +87,7 @@ def try_provider(checked: Checked, name: str, provider: Provider, inputs: Any, r
             if checked.device.type == "cuda":
                 torch.cuda.synchronize()  # raises where the error has broken the device for all that would follow
             why = "; ".join([f"{type(error).__name__}: {first_line(error)}", *(first_line(w.message) for w in said)])
-            reasons = checked.absent if provider.kind in (PEER, BOUND) else checked.failed
+            reasons = checked.absent if provider.kind in (PEER, BOUND) and not is_a_slip(error) else checked.failed
             reasons[name] = f"refused: {why}"[:600]
     if found is None:
         return
@@ -101,6 +101,11 @@ def try_provider(checked: Checked, name: str, provider: Provider, inputs: Any, r
             checked.absent[name] = f"not exact: {provider.inexact}; {first_line(error)}"
         else:
             checked.failed[name] = f"wrong result: {first_line(error)}"
+
+
+def is_a_slip(error: Exception) -> bool:
+    """Whether it says that code calls something wrongly, which a peer that cannot do a case does not say."""
+    return isinstance(error, (TypeError, AttributeError, NameError))
 
 
 def time_providers(

@@ -181,11 +181,16 @@ that became the slow one, or a loop in Python. What is measured of the claims st
 
 
 def hold_ratios(rows: Sequence[Row], ours: str, written_out: str, slower: float = SLOWER) -> None:
-    """Fail where ours takes more than `slower` times as long as another provider.
+    """Fail where ours takes more than `slower` times as long as another provider, or one of both has no time.
 
-    The fastest rounds are compared, for what else a machine does can only add to a time.
+    The fastest rounds are compared, for what else a machine does can only add to a time. Nothing is held where one of
+    both was not asked for, and so has no row.
     """
     best = {row.provider: min(row.seconds) for row in rows if row.seconds}
+    for row in rows:
+        if row.provider in (ours, written_out):
+            why = row.failed or row.absent
+            assert row.seconds, f"{row.case}: {row.provider} has no time, so that nothing holds ours: {why}"
     if ours in best and written_out in best:
         times = best[ours] / best[written_out]
         assert times <= slower, (

@@ -192,6 +192,33 @@ def test_without_the_memory_for_the_first_provider_there_are_times_and_no_ratio_
     assert alone.absent
 
 
+def test_a_gate_whose_other_side_has_no_time_fails():
+    ours, other = rounds.Row("case", "auto", seconds=[1.0]), rounds.Row("case", "written", seconds=[0.5])
+    rounds.hold_ratios([ours, other], "auto", "written")
+    rounds.hold_ratios([ours], "auto", "written")  # the other was not asked for
+    with pytest.raises(AssertionError, match="takes 2.0 times as long"):
+        rounds.hold_ratios([ours, other], "auto", "written", slower=1.5)
+    for gone in (rounds.Row("case", "written", absent="refused"), rounds.Row("case", "written", failed="refused")):
+        with pytest.raises(AssertionError, match="written has no time, so that nothing holds ours: refused"):
+            rounds.hold_ratios([ours, gone], "auto", "written")
+
+
+@pytest.mark.parametrize(
+    ("error", "where"), [(TypeError("one argument too many"), "failed"), (RuntimeError("no kernel"), "absent")]
+)
+def test_a_peer_that_is_called_wrongly_has_failed_and_is_not_absent(error, where):
+    measuring, providers = benchmark("measuring"), benchmark("providers")
+    operator = benchmark("operators").OPERATORS["nearest_code"]
+
+    def make(inputs):
+        raise error
+
+    peer = providers.Provider(providers.PEER, "a peer", make)
+    found = measuring.check_providers(operator.smoke[0], {"peer": peer}, torch.device("cpu"))
+    assert str(error) in getattr(found, where)["peer"]
+    assert len(found.failed) + len(found.absent) == 1
+
+
 def test_ids_of_worse_codes_are_refused():
     check_ids = benchmark("bench_tokenizer").check_ids
     exact = torch.randn(2, 4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
