@@ -1,13 +1,16 @@
 """What the benchmarks of the engine check before they time: each gate lets the right thing pass and nothing else."""
 
+import contextlib
 import importlib
 import importlib.util
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -217,6 +220,29 @@ def test_a_peer_that_is_called_wrongly_has_failed_and_is_not_absent(error, where
     found = measuring.check_providers(operator.smoke[0], {"peer": peer}, torch.device("cpu"))
     assert str(error) in getattr(found, where)["peer"]
     assert len(found.failed) + len(found.absent) == 1
+
+
+def test_the_empty_graph_of_an_empty_run_is_no_error(monkeypatch):
+    class Graph:
+        def replay(self):
+            return "replayed"
+
+    @contextlib.contextmanager
+    def capture(graph, pool):
+        yield
+        warnings.warn("The CUDA Graph is empty.", UserWarning, stacklevel=1)
+
+    for name, stand_in in {
+        "CUDAGraph": Graph,
+        "graph": capture,
+        "graph_pool_handle": object,
+        "Stream": mock.Mock,
+        "current_stream": mock.Mock,
+        "stream": lambda stream: contextlib.nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    replayed = benchmark("timers").replay(lambda: None)
+    assert replayed() == "replayed"
 
 
 def test_ids_of_worse_codes_are_refused():
