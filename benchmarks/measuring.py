@@ -13,7 +13,7 @@ from fused_beit.kernels import ImplUnavailable
 from .cases import Case, Work
 from .providers import BOUND, PEER, Provider
 from .rounds import AbsentError, Drive, Outputs, Row, every_round, quartiles, time_in_turn, time_once
-from .timers import Run, device_timer, memory, timed_by
+from .timers import EventTimer, Run, device_timer, memory, timed_by
 
 Told = Callable[[str], None]
 
@@ -143,7 +143,7 @@ def _time_providers(
             absent[name] = f"out of memory: {first_line(error)}"
         collect(device)
     label = f"{case}, {direction}"
-    timer = device_timer(device)
+    timer = device_timer(device, runs.values())
     once, lacking = time_once(runs, timer)
     absent |= lacking
     runs = {name: runs[name] for name in once}
@@ -151,7 +151,7 @@ def _time_providers(
     if runs:
         rounds = min(rounds, max(5, int(seconds / sum(once.values()))))
         timed = time_in_turn(label, runs, rounds=rounds, timer=timer, drive=drive, errors=checked.errors)
-    waiting = {name for name, run in runs.items() if run in getattr(timer, "waits_for_host", ())}
+    waiting = {name for name, run in runs.items() if isinstance(timer, EventTimer) and timer.waits(run)}
     rows = {row.provider: row for row in timed}
     rows |= {name: Row(label, name, absent=why) for name, why in absent.items()}
     rows |= {name: Row(label, name, failed=why) for name, why in checked.failed.items()}
