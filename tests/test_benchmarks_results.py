@@ -99,6 +99,30 @@ print(main([], root), main(["--check"], root), (folder / "left.svg").exists())
     assert plots == {"roofline.svg", "train_step.svg", f"{sizes}-batch.svg", f"{sizes}-tokens.svg"}
 
 
+def test_each_table_and_roofline_stands_under_the_run_that_gave_it(published, tmp_path):
+    shown = published(
+        """
+path = folder / "nearest_code.json"
+found = json.loads(path.read_text())
+found["machine_info"] |= {"load": 7.5, "versions": {"torch": "3"}, "limits": limits | {"bytes_per_s": 2e10}}
+path.write_text(json.dumps(found))
+assert main([], root) == 0
+"""
+    )
+    assert shown.returncode == 0, shown.stderr
+    readme = (tmp_path / "README.md").read_text()
+    first, second = readme.split("Abacus, 2 threads, torch ")[1:]
+    assert first.startswith("2, commit 123456789abc; load when it began: 0.5 on 2 cores:")
+    assert second.startswith("3, commit 123456789abc; load when it began: 7.5 on 2 cores:")
+    assert "rel_pos_attention" in first
+    assert "nearest_code" in second.partition("![")[0]
+    assert "nearest_code" not in first
+    plots = tmp_path / "benchmarks" / "results" / "abacus"
+    assert "rel_pos_attention" in (plots / "roofline.svg").read_text()
+    assert "nearest_code" not in (plots / "roofline.svg").read_text()
+    assert "nearest_code" in (plots / "roofline-2.svg").read_text()
+
+
 def test_results_that_mean_nothing_are_refused_in_a_sentence(published):
     wrong = {
         '{"format": 0}': "results of format 0, and this version reads format 1; measure again",
