@@ -3,9 +3,11 @@
 import contextlib
 import importlib
 import importlib.util
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -324,6 +326,29 @@ class OurViewsAsPeer:
 def pictures(tmp_path):
     module = benchmark("bench_pictures")
     return module.Pictures(tmp_path, module.SIZES["smoke"], (100, 75))
+
+
+def work_and_rest(seconds: float) -> None:
+    until = time.process_time() + seconds
+    while time.process_time() < until:
+        pass
+    time.sleep(60)
+
+
+def test_a_timed_part_begins_when_no_worker_is_at_work():
+    module = benchmark("bench_pictures")
+    process = multiprocessing.get_context("fork").Process(target=work_and_rest, args=(0.5,), daemon=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a fork beside torch's threads
+        process.start()
+    try:
+        with pytest.raises(RuntimeError, match="still at work"):
+            module.wait_for_workers(rest=0.05, limit=0.01)
+        module.wait_for_workers(rest=0.2)
+        assert module.seconds_of_workers() >= 0.45
+    finally:
+        process.kill()
+        process.join()
 
 
 def test_views_of_the_same_box_pass_and_those_of_another_are_refused(pictures):
