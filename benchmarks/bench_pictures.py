@@ -9,16 +9,20 @@ box is moved by one pixel of the view; and the boxes that both draw have the sam
 
 In this process both have one thread, as a worker has, so that its pictures/s are those of a core.
 
-With workers a run takes batches from processes that stay and work ahead. Before it is timed it takes as many as lie
-ready, so that what is timed is what the processes can keep up.
+With workers a run takes batches from processes that stay and work ahead. Before it is timed it waits until the
+processes of all providers rest, as many batches ready as they may have, so that nobody else's work is timed. Then it
+takes as many of its own as lie ready, so that what is timed is what the processes can keep up.
 """
 
+import multiprocessing
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -168,6 +172,32 @@ def largest_gap(ones: list[float], others: list[float]) -> float:
     return float(np.abs(shares[0] - shares[1]).max())
 
 
+def wait_for_workers(rest: float = 0.1, limit: float = 60.0) -> None:
+    """Wait until no worker of this process has used its processor for `rest` seconds.
+
+    Raises:
+        RuntimeError: where one still does after `limit` seconds.
+    """
+    began, used = time.monotonic(), -1.0
+    while (now := seconds_of_workers()) != used:
+        if time.monotonic() - began > limit:
+            raise RuntimeError(f"data workers are still at work after {limit:g} s, so that no one's time is its own")
+        used = now
+        time.sleep(rest if multiprocessing.active_children() else 0)
+
+
+def seconds_of_workers() -> float:
+    """Processor time of all workers so far."""
+    times = [psutil.Process(worker.pid).cpu_times() for worker in multiprocessing.active_children()]
+    return sum(one.user + one.system for one in times)
+
+
+def begin(stream: Iterator[Any], ready: int) -> None:
+    """What precedes a timed part: all workers at rest, then none of this stream's batches ready."""
+    wait_for_workers()
+    take(stream, ready)
+
+
 def take(stream: Iterator[Any], count: int) -> None:
     for _ in range(count):
         next(stream)
@@ -201,7 +231,7 @@ def test_pictures(drive, keep, num_rounds, sizes, tmp_path, kind, workers):
             continue
         ready = workers * PREFETCH
         runs[name] = Staged(
-            lambda stream=stream, ready=ready: take(stream, ready), lambda _, stream=stream: take(stream, number)
+            lambda stream=stream, ready=ready: begin(stream, ready), lambda _, stream=stream: take(stream, number)
         )
     where = f"{workers} worker{'s' if workers > 1 else ''}" if workers else "in one process"
     label = f"{number * pictures.batch} JPEGs of {pictures.side[0]} x {pictures.side[1]}, {where}"

@@ -113,10 +113,14 @@ def test_tokenizer(drive, keep, num_rounds, limits, sizes, tokenizer):
     peaks = {name: memory(run, DEVICE) if DEVICE.type == "cuda" else {} for name, run in runs.items()}
     label = f"{batch} token views of {side} x {side}, {tokenizer.vocab_size} codes, float32"
     rows = time_in_turn(
-        label, runs, rounds=num_rounds(5 if DEVICE.type == "cuda" else 3), timer=device_timer(DEVICE), drive=drive
+        label,
+        runs,
+        rounds=num_rounds(5 if DEVICE.type == "cuda" else 3),
+        timer=device_timer(DEVICE, runs.values()),
+        drive=drive,
     )
     add_spread(rows)
-    for row in rows:
+    for row in (row for row in rows if row.seconds):
         seconds = quartiles(row.seconds)[1]
         row.facts |= peaks[row.provider] | errors[row.provider] | {"about": runs[row.provider].about}
         row.facts |= {"pictures_per_s": batch / seconds, "gflop_per_s": flops / seconds / 1e9}

@@ -119,7 +119,14 @@ def timed(
     drive: Drive = every_round,
 ) -> list[Row]:
     """A row a provider, with its pictures/s, FLOP/s and, on a GPU, its peak memory."""
-    peaks = {provider: memory(run, DEVICE) if DEVICE.type == "cuda" else {} for provider, run in runs.items()}
+    peaks: dict[str, dict[str, int]] = {}
+    absent = dict(absent)
+    for provider, run in runs.items():
+        try:
+            peaks[provider] = memory(run, DEVICE) if DEVICE.type == "cuda" else {}
+        except torch.OutOfMemoryError as error:
+            absent[provider] = f"out of memory: {str(error).splitlines()[0]}"
+    runs = {provider: runs[provider] for provider in peaks}
     rows = time_in_turn(str(case), runs, rounds=rounds, drive=drive, absent=absent, errors=errors)
     add_spread(rows)
     for row in rows:

@@ -95,9 +95,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.exit("error: TRITON_INTERPRET is set, and the interpreter is no GPU; unset it, or use --rehearse")
     elif not torch.cuda.is_available():
         sys.exit("error: torch finds no GPU here; --rehearse --output FOLDER tries the command without one")
+    if why := unpublishable(options):
+        sys.exit(f"error: {why}")
     rounds = options.rounds or (1 if options.rehearse else ROUNDS)
     cases = sorted((case for case in every if case.name in case_names), key=importance)
     return Session(options, cases, names, rounds).run()
+
+
+def unpublishable(options: argparse.Namespace) -> str:
+    """Why the results of such a run must not replace those that are published; "" where they may."""
+    known = machine.commit()
+    if options.commit and known != "unknown":
+        return f"--commit is for a copy without its git folder, and git says that this is {known}; leave --commit out"
+    if options.output and not options.output.resolve().is_relative_to(results.RESULTS):
+        return ""
+    for name in ("operators", "cases", "providers"):
+        if getattr(options, name):
+            return f"benchmarks/results keeps whole runs; leave --{name} out, or give --output FOLDER, outside it"
+    return ""
 
 
 def cases_of(operator: str, rehearse: bool) -> tuple[Case, ...]:

@@ -12,8 +12,8 @@ from fused_beit.kernels import ImplUnavailable
 
 from .cases import Case, Work
 from .providers import BOUND, PEER, Provider
-from .rounds import AbsentError, Drive, Outputs, Row, every_round, quartiles, time_in_turn
-from .timers import Run, device_timer, memory, timed_by
+from .rounds import AbsentError, Drive, Outputs, Row, every_round, quartiles, time_in_turn, time_once
+from .timers import EventTimer, Run, device_timer, memory, timed_by
 
 Told = Callable[[str], None]
 
@@ -87,7 +87,7 @@ def try_provider(checked: Checked, name: str, provider: Provider, inputs: Any, r
             if checked.device.type == "cuda":
                 torch.cuda.synchronize()  # raises where the error has broken the device for all that would follow
             why = "; ".join([f"{type(error).__name__}: {first_line(error)}", *(first_line(w.message) for w in said)])
-            reasons = checked.absent if provider.kind in (PEER, BOUND) else checked.failed
+            reasons = checked.absent if provider.kind in (PEER, BOUND) and not is_a_slip(error) else checked.failed
             reasons[name] = f"refused: {why}"[:600]
     if found is None:
         return
@@ -101,6 +101,11 @@ def try_provider(checked: Checked, name: str, provider: Provider, inputs: Any, r
             checked.absent[name] = f"not exact: {provider.inexact}; {first_line(error)}"
         else:
             checked.failed[name] = f"wrong result: {first_line(error)}"
+
+
+def is_a_slip(error: Exception) -> bool:
+    """Whether it says that code calls something wrongly, which a peer that cannot do a case does not say."""
+    return isinstance(error, (TypeError, AttributeError, NameError))
 
 
 def time_providers(
@@ -138,13 +143,15 @@ def _time_providers(
             absent[name] = f"out of memory: {first_line(error)}"
         collect(device)
     label = f"{case}, {direction}"
-    timer = device_timer(device)
+    timer = device_timer(device, runs.values())
+    once, lacking = time_once(runs, timer)
+    absent |= lacking
+    runs = {name: runs[name] for name in once}
     timed = []
     if runs:
-        a_round = sum(timer(run) for run in runs.values())
-        rounds = min(rounds, max(5, int(seconds / a_round)))
+        rounds = min(rounds, max(5, int(seconds / sum(once.values()))))
         timed = time_in_turn(label, runs, rounds=rounds, timer=timer, drive=drive, errors=checked.errors)
-    waiting = {name for name, run in runs.items() if run in getattr(timer, "waits_for_host", ())}
+    waiting = {name for name, run in runs.items() if isinstance(timer, EventTimer) and timer.waits(run)}
     rows = {row.provider: row for row in timed}
     rows |= {name: Row(label, name, absent=why) for name, why in absent.items()}
     rows |= {name: Row(label, name, failed=why) for name, why in checked.failed.items()}

@@ -29,13 +29,19 @@ compared; each ratio is of one run, in which all providers took turns.
 
 
 class Machine:
-    """All results of one machine."""
+    """All results of one machine, or those of one of its runs."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, found: Mapping[str, Document]) -> None:
         self.folder = folder
-        found = {path.stem: results.load(path) for path in sorted(folder.glob("*.json"))}
         order = [name for name in SUBJECTS if name in found]
         self.subjects: dict[str, Document] = {name: found[name] for name in order + sorted(found.keys() - {*order})}
+
+    def runs(self) -> list["Machine"]:
+        """Subjects apart that were measured with other versions, under another load or beside other limits."""
+        found: dict[tuple[str, ...], dict[str, Document]] = {}
+        for name, one in self.subjects.items():
+            found.setdefault(tuple(text.machine_lines(one["machine_info"])), {})[name] = one
+        return [Machine(self.folder, subjects) for subjects in found.values()]
 
     @property
     def info(self) -> dict[str, Any]:
@@ -74,7 +80,10 @@ def fastest_other(providers: Mapping[str, dict[str, Any]]) -> str:
 
 def read_machines(folder: Path) -> list[Machine]:
     """Raises ValueError for files that must not be published."""
-    return [Machine(found) for found in sorted({path.parent for path in folder.glob("*/*.json")})]
+    return [
+        Machine(found, {path.stem: results.load(path) for path in sorted(found.glob("*.json"))})
+        for found in sorted({path.parent for path in folder.glob("*/*.json")})
+    ]
 
 
 def operator_table(machine: Machine) -> text.Table:
@@ -108,8 +117,11 @@ def plots_of(machine: Machine) -> dict[str, str]:
     """File name -> SVG."""
     made: dict[str, str] = {}
     works = list(machine.works())
-    if works:
-        made["roofline.svg"] = roofline_of(machine, works)
+    for run in machine.runs():
+        if of_run := list(run.works()):
+            # Beside the limits of its own run; the first has the name that pages know.
+            name = f"roofline-{len(made) + 1}.svg" if made else "roofline.svg"
+            made[name] = roofline_of(run, of_run)
     for name, benchmarks in machine.others():
         groups = {}
         for benchmark in benchmarks:
@@ -210,16 +222,20 @@ def subject_part(subject: str, found: Document, about: Sequence[str]) -> list[st
     return lines + (["Without a time:", "", *(f"- {line}" for line in missing), ""] if missing else [])
 
 
+def about_run(info: Mapping[str, Any]) -> str:
+    about = f"{info['device']}, {text.threads(info)}, torch {info['versions']['torch']}, commit {info['commit']}"
+    return f"{about}; {text.load(info)}"
+
+
 def readme_part(machines: Sequence[Machine], pictures: Mapping[str, Sequence[str]]) -> str:
     lines: list[str] = []
     for machine in machines:
-        info = machine.info
-        about = f"{info['device']}, {text.threads(info)}, torch {info['versions']['torch']}"
-        lines += [f"{about}; {text.load(info)}:", ""]
-        lines += [*text.markdown(operator_table(machine)), ""]
-        for name, benchmarks in machine.others():
-            if name.startswith("train_step"):
-                lines += [*text.markdown(step_table(benchmarks)), ""]
+        for run in machine.runs():
+            tables = [operator_table(run)]
+            tables += [step_table(benchmarks) for name, benchmarks in run.others() if name.startswith("train_step")]
+            if any(tables):
+                lines += [f"{about_run(run.info)}:", ""]
+                lines += [line for table in tables if table for line in [*text.markdown(table), ""]]
         shown = [name for name in pictures[machine.folder.name] if name.startswith(("roofline", "train_step"))]
         lines += [f"![{Path(name).stem}]({FOLDER}/{machine.folder.name}/{name})" for name in shown] + [""]
     return "\n".join(lines).strip("\n")

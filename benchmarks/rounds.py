@@ -86,6 +86,31 @@ def every_round(others: Callable[[], None], first: Callable[[], None], rounds: i
         first()
 
 
+def time_once(runs: Mapping[str, Run], timer: Timer) -> tuple[dict[str, float], dict[str, str]]:
+    """Seconds of one run of each after one that is not timed, and why those have none that run out of memory."""
+    seconds, absent = {}, {}
+    for name, run in runs.items():
+        try:
+            run_once(run)
+            seconds[name] = timer(run)
+        except torch.OutOfMemoryError as error:
+            absent[name] = no_memory(error)
+        if name in absent:  # not before: until then the error holds what the run had made
+            give_back()
+    return seconds, absent
+
+
+def no_memory(error: torch.OutOfMemoryError) -> str:
+    return f"out of memory while it was timed: {str(error).strip().partition(chr(10))[0][:300]}"
+
+
+def give_back() -> None:
+    """Return what was left to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def time_in_turn(
     case: str,
     runs: Mapping[str, Run],
@@ -109,26 +134,38 @@ def time_in_turn(
         errors: provider -> errors found when it was checked.
 
     Returns:
-        One row a provider, absent ones included; `ratio` is the provider's time over the first one's.
+        One row a provider, absent ones included, with those that ran out of memory; `ratio` is the provider's time over
+        that of the first one that has a time.
     """
-    first, *others = runs
     rows = {name: Row(case, name, errors=dict((errors or {}).get(name, {}))) for name in runs}
-    for run in runs.values():
-        run_once(run)
-        timer(run)
+    warm, lacking = time_once(runs, timer)
+    first, *others = warm or [""]
+    turn = 0
+
+    def time_one(name: str) -> None:
+        if name in lacking:
+            return
+        try:
+            rows[name].seconds.append(timer(runs[name]))
+        except torch.OutOfMemoryError as error:
+            lacking[name] = no_memory(error)
+        if name in lacking:
+            give_back()
 
     def time_the_others() -> None:
-        turn = len(rows[others[0]].seconds) % len(others) if others else 0
+        nonlocal turn
         for name in others[turn:] + others[:turn]:
-            rows[name].seconds.append(timer(runs[name]))
-
-    def time_the_first() -> None:
-        rows[first].seconds.append(timer(runs[first]))
+            time_one(name)
+        turn = (turn + 1) % len(others) if others else 0
 
     gc.collect()
-    drive(time_the_others, time_the_first, rounds)
+    if warm:
+        drive(time_the_others, lambda: time_one(first), rounds)
+    for name, why in lacking.items():
+        rows[name].seconds.clear()
+        rows[name].absent = why
 
-    for name in others:
+    for name in [] if first in lacking else [name for name in others if name not in lacking]:
         pairs = zip(rows[name].seconds, rows[first].seconds, strict=True)
         rows[name].ratio = statistics.median(seconds / baseline for seconds, baseline in pairs)
         rows[name].over = first
@@ -144,11 +181,16 @@ that became the slow one, or a loop in Python. What is measured of the claims st
 
 
 def hold_ratios(rows: Sequence[Row], ours: str, written_out: str, slower: float = SLOWER) -> None:
-    """Fail where ours takes more than `slower` times as long as another provider.
+    """Fail where ours takes more than `slower` times as long as another provider, or one of both has no time.
 
-    The fastest rounds are compared, for what else a machine does can only add to a time.
+    The fastest rounds are compared, for what else a machine does can only add to a time. Nothing is held where one of
+    both was not asked for, and so has no row.
     """
     best = {row.provider: min(row.seconds) for row in rows if row.seconds}
+    for row in rows:
+        if row.provider in (ours, written_out):
+            why = row.failed or row.absent
+            assert row.seconds, f"{row.case}: {row.provider} has no time, so that nothing holds ours: {why}"
     if ours in best and written_out in best:
         times = best[ours] / best[written_out]
         assert times <= slower, (

@@ -1,13 +1,18 @@
 """What the benchmarks of the engine check before they time: each gate lets the right thing pass and nothing else."""
 
+import contextlib
 import importlib
 import importlib.util
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -153,6 +158,122 @@ def test_the_spread_of_ratios_is_that_within_the_rounds():
     assert rows[0].facts == rows[2].facts == {}
 
 
+class Hungry:
+    """Work that is out of memory from its `calls`-th run on."""
+
+    def __init__(self, calls: int) -> None:
+        self.calls = calls
+
+    def __call__(self) -> None:
+        self.calls -= 1
+        if self.calls <= 0:
+            raise torch.OutOfMemoryError("tried to allocate what there is not")
+
+
+@pytest.mark.parametrize(("calls", "when"), [(1, "at once"), (2, "when warm"), (4, "in the second round")])
+def test_a_provider_out_of_memory_while_it_is_timed_costs_nobody_else_a_time(calls, when):
+    runs = {"first": lambda: None, "hungry": Hungry(calls), "last": lambda: None}
+    first, hungry, last = rounds.time_in_turn("case", runs, rounds=3)
+    assert hungry.absent == "out of memory while it was timed: tried to allocate what there is not", when
+    assert hungry.seconds == []
+    assert len(first.seconds) == len(last.seconds) == 3
+    assert last.ratio > 0
+
+
+def test_without_the_memory_for_the_first_provider_there_are_times_and_no_ratio_to_it():
+    hungry, other, last = rounds.time_in_turn(
+        "case", {"first": Hungry(4), "other": lambda: None, "last": lambda: None}, rounds=3
+    )
+    assert hungry.absent
+    assert len(other.seconds) == len(last.seconds) == 3
+    assert other.ratio is last.ratio is None
+    hungry, other, last = rounds.time_in_turn(
+        "case", {"first": Hungry(1), "other": lambda: None, "last": lambda: None}, rounds=3
+    )
+    assert hungry.absent
+    assert (other.ratio, last.over) == (None, "other")
+    (alone,) = rounds.time_in_turn("case", {"first": Hungry(1)}, rounds=3)
+    assert alone.absent
+
+
+def test_a_gate_whose_other_side_has_no_time_fails():
+    ours, other = rounds.Row("case", "auto", seconds=[1.0]), rounds.Row("case", "written", seconds=[0.5])
+    rounds.hold_ratios([ours, other], "auto", "written")
+    rounds.hold_ratios([ours], "auto", "written")  # the other was not asked for
+    with pytest.raises(AssertionError, match="times as long as written"):
+        rounds.hold_ratios([ours, other], "auto", "written", slower=1.5)
+    for gone in (rounds.Row("case", "written", absent="refused"), rounds.Row("case", "written", failed="refused")):
+        with pytest.raises(AssertionError, match="written has no time, so that nothing holds ours: refused"):
+            rounds.hold_ratios([ours, gone], "auto", "written")
+
+
+@pytest.mark.parametrize(
+    ("error", "where"), [(TypeError("one argument too many"), "failed"), (RuntimeError("no kernel"), "absent")]
+)
+def test_a_peer_that_is_called_wrongly_has_failed_and_is_not_absent(error, where):
+    measuring, providers = benchmark("measuring"), benchmark("providers")
+    operator = benchmark("operators").OPERATORS["nearest_code"]
+
+    def make(inputs):
+        raise error
+
+    peer = providers.Provider(providers.PEER, "a peer", make)
+    found = measuring.check_providers(operator.smoke[0], {"peer": peer}, torch.device("cpu"))
+    assert str(error) in getattr(found, where)["peer"]
+    assert len(found.failed) + len(found.absent) == 1
+
+
+def test_the_empty_graph_of_an_empty_run_is_no_error(monkeypatch):
+    class Graph:
+        def replay(self):
+            return "replayed"
+
+    @contextlib.contextmanager
+    def capture(graph, pool):
+        yield
+        warnings.warn("The CUDA Graph is empty.", UserWarning, stacklevel=1)
+
+    for name, stand_in in {
+        "CUDAGraph": Graph,
+        "graph": capture,
+        "graph_pool_handle": object,
+        "Stream": mock.Mock,
+        "current_stream": mock.Mock,
+        "stream": lambda stream: contextlib.nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    replayed = benchmark("timers").replay(lambda: None)
+    assert replayed() == "replayed"
+
+
+@pytest.mark.parametrize(
+    ("times", "by"),
+    [
+        ({"a": 95e-6, "b": 105e-6, "c": 5e-3}, "CUDA graph between events"),
+        ({"a": 105e-6, "b": 110e-6, "c": 5e-3}, "events"),
+    ],
+    ids=["short", "long"],
+)
+def test_all_that_is_compared_is_timed_in_the_same_way(monkeypatch, times, by):
+    timers = benchmark("timers")
+    runs = {name: mock.Mock(name=name) for name in times}
+    seconds = {run: times[name] for name, run in runs.items()}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: mock.Mock(L2_cache_size=8))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch, "empty", lambda *sizes, **options: None)
+    # The first measurement of each is ten times off, as one of a cold run may be.
+    measured = mock.Mock(
+        side_effect=lambda run: seconds[run] * (10 if measured.call_args_list.count(((run,),)) == 1 else 1)
+    )
+    monkeypatch.setattr(timers.EventTimer, "between_events", lambda timer, run: measured(run))
+    monkeypatch.setattr(timers, "replay", lambda run: run)
+    timer = timers.EventTimer(runs.values())
+    for run in runs.values():
+        timer(run)
+    assert {timers.timed_by(timer, run) for run in runs.values()} == {by}
+
+
 def test_ids_of_worse_codes_are_refused():
     check_ids = benchmark("bench_tokenizer").check_ids
     exact = torch.randn(2, 4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -188,6 +309,29 @@ class OurViewsAsPeer:
 def pictures(tmp_path):
     module = benchmark("bench_pictures")
     return module.Pictures(tmp_path, module.SIZES["smoke"], (100, 75))
+
+
+def work_and_rest(seconds: float) -> None:
+    until = time.process_time() + seconds
+    while time.process_time() < until:
+        pass
+    time.sleep(60)
+
+
+def test_a_timed_part_begins_when_no_worker_is_at_work():
+    module = benchmark("bench_pictures")
+    process = multiprocessing.get_context("fork").Process(target=work_and_rest, args=(0.5,), daemon=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a fork beside torch's threads
+        process.start()
+    try:
+        with pytest.raises(RuntimeError, match="still at work"):
+            module.wait_for_workers(rest=0.05, limit=0.01)
+        module.wait_for_workers(rest=0.2)
+        assert module.seconds_of_workers() >= 0.45
+    finally:
+        process.kill()
+        process.join()
 
 
 def test_views_of_the_same_box_pass_and_those_of_another_are_refused(pictures):

@@ -161,6 +161,27 @@ def test_wrong_options_get_one_sentence(run):
         assert sentence in line
 
 
+def test_a_part_of_a_run_does_not_replace_published_results(run):
+    code = """
+from benchmarks import machine
+from benchmarks.gpu import read_options, unpublishable
+
+machine.commit = lambda: "123456789abc-dirty"
+print(unpublishable(read_options(["--commit", "0123", "--output", "/elsewhere"])))
+machine.commit = lambda: "unknown"
+print(unpublishable(read_options(["--cases", "base"])))
+print(unpublishable(read_options(["--providers", "triton", "--output", "benchmarks/results"])))
+print(unpublishable(read_options(["--operators", "token_loss"])))
+print(unpublishable(read_options(["--operators", "token_loss", "--output", "/elsewhere"])) == "")
+print(unpublishable(read_options(["--commit", "0123"])) == "")
+"""
+    known, *parts, elsewhere, whole = run("-c", code).stdout.splitlines()
+    assert "git says that this is 123456789abc-dirty; leave --commit out" in known
+    for name, part in zip(("cases", "providers", "operators"), parts, strict=True):
+        assert f"keeps whole runs; leave --{name} out, or give --output FOLDER" in part
+    assert elsewhere == whole == "True"
+
+
 @pytest.mark.gpu
 def test_a_short_run_is_replayed_as_a_cuda_graph_and_what_waits_is_not(run):
     shown = run(

@@ -99,6 +99,30 @@ print(main([], root), main(["--check"], root), (folder / "left.svg").exists())
     assert plots == {"roofline.svg", "train_step.svg", f"{sizes}-batch.svg", f"{sizes}-tokens.svg"}
 
 
+def test_each_table_and_roofline_stands_under_the_run_that_gave_it(published, tmp_path):
+    shown = published(
+        """
+path = folder / "nearest_code.json"
+found = json.loads(path.read_text())
+found["machine_info"] |= {"load": 7.5, "versions": {"torch": "3"}, "limits": limits | {"bytes_per_s": 2e10}}
+path.write_text(json.dumps(found))
+assert main([], root) == 0
+"""
+    )
+    assert shown.returncode == 0, shown.stderr
+    readme = (tmp_path / "README.md").read_text()
+    first, second = readme.split("Abacus, 2 threads, torch ")[1:]
+    assert first.startswith("2, commit 123456789abc; load when it began: 0.5 on 2 cores:")
+    assert second.startswith("3, commit 123456789abc; load when it began: 7.5 on 2 cores:")
+    assert "rel_pos_attention" in first
+    assert "nearest_code" in second.partition("![")[0]
+    assert "nearest_code" not in first
+    plots = tmp_path / "benchmarks" / "results" / "abacus"
+    assert "rel_pos_attention" in (plots / "roofline.svg").read_text()
+    assert "nearest_code" not in (plots / "roofline.svg").read_text()
+    assert "nearest_code" in (plots / "roofline-2.svg").read_text()
+
+
 def test_results_that_mean_nothing_are_refused_in_a_sentence(published):
     wrong = {
         '{"format": 0}': "results of format 0, and this version reads format 1; measure again",
@@ -124,8 +148,8 @@ def test_results_that_mean_nothing_are_refused_in_a_sentence(published):
         assert sentence in line
 
 
-def run_pytest(root: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "benchmarks/bench_nearest_code.py"]
+def run_pytest(root: Path, *arguments: str, subject: str = "nearest_code") -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"benchmarks/bench_{subject}.py"]
     command += ["--benchmark-only", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": ""}
     environment.pop("PYTEST_XDIST_WORKER", None)
@@ -153,10 +177,10 @@ def test_a_wrong_option_gets_one_sentence(root, options, sentence):
 
 
 def test_kept_results_are_pytest_benchmarks_own_and_name_no_machine(root, tmp_path):
-    shown = run_pytest(root, "--sizes", "smoke", "--keep-results", str(tmp_path))
+    shown = run_pytest(root, "--sizes", "smoke", "--keep-results", str(tmp_path), subject="residual_norm")
     assert shown.returncode == 0, shown.stdout[-3000:]
     (path,) = tmp_path.glob("*/*.json")
-    assert path.name == "nearest_code.json"
+    assert path.name == "residual_norm.json"
     document = json.loads(path.read_text())
     info = document["machine_info"]
     assert info["limits"]["bytes_per_s"] > 0
@@ -164,11 +188,16 @@ def test_kept_results_are_pytest_benchmarks_own_and_name_no_machine(root, tmp_pa
     assert info["means"] != "measured"
     assert not {"node", "release"} & info.keys()
     assert str(root) not in path.read_text()
-    rows = document["benchmarks"][-1]["extra_info"]["providers"]
+    backward = document["benchmarks"][-1]
+    assert backward["extra_info"]["direction"] == "backward"
+    # Of the backward alone, as its row: not of the forward before it, which is not timed.
+    rows = backward["extra_info"]["providers"]
+    assert backward["stats"]["median"] == pytest.approx(rows["auto"]["median"])
+    assert len(backward["stats"]["data"]) == backward["stats"]["rounds"] == rows["auto"]["rounds"]
     assert rows["auto"]["share_of_limit"] > 0
     assert rows["auto"]["plan"].startswith("reference: ")
 
     program = shutil.which("pytest-benchmark", path=str(Path(sys.executable).parent))
     compared = subprocess.run([program, "compare", str(path)], capture_output=True, text=True, timeout=60)
     assert compared.returncode == 0, compared.stderr
-    assert "test_nearest_code[nearest_code-tiny-fp32-forward]" in compared.stdout
+    assert "test_residual_norm[" in compared.stdout
