@@ -34,6 +34,13 @@ class ImplUnavailable(RuntimeError):
     """An implementation was asked for by name that the operator does not have, or that cannot run here."""
 
 
+REFERENCE_FIRST = {
+    "cpu": Resolved(Impl.REFERENCE, "triton needs a GPU"),
+    "cuda": Resolved(Impl.REFERENCE, "triton was not measured on a GPU yet"),
+}
+"""What `auto` means for an operator whose kernels nobody has timed."""
+
+
 class Operator:
     """The implementations of one operator, and which of them `auto` means on each device type.
 

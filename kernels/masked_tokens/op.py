@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._triton.target import why_unavailable
-from ..impl import AUTO, Impl, Operator, Resolved
+from ..impl import AUTO, REFERENCE_FIRST, Impl, Operator
 from ..validation import check_float, check_int64, check_positions, check_same_device, check_shape
 from .reference import (
     embed_tokens_reference,
@@ -18,37 +18,33 @@ from .reference import (
 )
 from .triton_ops import embed_tokens_triton, gather_masked_triton, keep_visible_triton, restore_tokens_triton
 
-AUTOMATIC = {
-    "cpu": Resolved(Impl.REFERENCE, "triton needs a GPU"),
-    "cuda": Resolved(Impl.REFERENCE, "triton was not measured on a GPU yet"),
-}
 REQUIREMENTS = {Impl.TRITON: why_unavailable}
 
 EMBED = Operator(
     "embed_tokens(Tensor patches, Tensor mask_token, Tensor cls_token, Tensor? pos_embed, Tensor? masked_positions, "
     "str impl) -> Tensor",
     {Impl.REFERENCE: embed_tokens_reference, Impl.TRITON: embed_tokens_triton},
-    AUTOMATIC,
+    REFERENCE_FIRST,
     REQUIREMENTS,
 )
 KEEP = Operator(
     "keep_visible(Tensor patches, Tensor cls_token, Tensor? pos_embed, Tensor visible_positions, str impl) -> Tensor",
     {Impl.REFERENCE: keep_visible_reference, Impl.TRITON: keep_visible_triton},
-    AUTOMATIC,
+    REFERENCE_FIRST,
     REQUIREMENTS,
 )
 RESTORE = Operator(
     "restore_tokens(Tensor x, Tensor mask_token, Tensor? pos_embed, Tensor visible_positions, int num_patches, "
     "str impl) -> Tensor",
     {Impl.REFERENCE: restore_tokens_reference, Impl.TRITON: restore_tokens_triton},
-    AUTOMATIC,
+    REFERENCE_FIRST,
     REQUIREMENTS,
 )
 GATHER = Operator(
     "gather_masked(Tensor x, Tensor masked_positions, Tensor weight, Tensor bias, float eps, int num_prefix_tokens, "
     "str impl) -> Tensor",
     {Impl.REFERENCE: gather_masked_reference, Impl.TRITON: gather_masked_triton},
-    AUTOMATIC,
+    REFERENCE_FIRST,
     REQUIREMENTS,
 )
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._triton.target import why_unavailable
-from ..impl import AUTO, Impl, Operator, Resolved
+from ..impl import AUTO, REFERENCE_FIRST, Impl, Operator
 from ..validation import check_float, check_same_device, check_shape
 from .reference import nearest_code_reference
 from .triton_ops import nearest_code_triton
@@ -14,7 +14,7 @@ from .triton_ops import nearest_code_triton
 OPERATOR = Operator(
     "nearest_code(Tensor x, Tensor codes, Tensor? bias, str impl) -> (Tensor, Tensor)",
     {Impl.REFERENCE: nearest_code_reference, Impl.TRITON: nearest_code_triton},
-    {"cuda": Resolved(Impl.REFERENCE, "triton was not measured on a GPU yet")},
+    REFERENCE_FIRST,
     {Impl.TRITON: why_unavailable},
 )
 

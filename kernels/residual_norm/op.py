@@ -4,28 +4,24 @@ import torch
 from torch import Tensor
 
 from .._triton.target import why_unavailable
-from ..impl import AUTO, Impl, Operator, Resolved
+from ..impl import AUTO, REFERENCE_FIRST, Impl, Operator
 from ..validation import check_float, check_same_device, check_shape
 from .reference import residual_add_reference, residual_norm_reference
 from .triton_ops import residual_add_triton, residual_norm_triton
 
-AUTOMATIC = {
-    "cpu": Resolved(Impl.REFERENCE, "triton needs a GPU"),
-    "cuda": Resolved(Impl.REFERENCE, "triton was not measured on a GPU yet"),
-}
 REQUIREMENTS = {Impl.TRITON: why_unavailable}
 
 ADD = Operator(
     "residual_add(Tensor x, Tensor y, Tensor? gamma, Tensor? keep, str impl) -> Tensor",
     {Impl.REFERENCE: residual_add_reference, Impl.TRITON: residual_add_triton},
-    AUTOMATIC,
+    REFERENCE_FIRST,
     REQUIREMENTS,
 )
 NORM = Operator(
     "residual_norm(Tensor x, Tensor y, Tensor? gamma, Tensor? keep, Tensor weight, Tensor bias, float eps, str impl) "
     "-> (Tensor, Tensor)",
     {Impl.REFERENCE: residual_norm_reference, Impl.TRITON: residual_norm_triton},
-    AUTOMATIC,
+    REFERENCE_FIRST,
     REQUIREMENTS,
 )
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._triton.target import why_unavailable
-from ..impl import AUTO, Impl, Operator, Resolved
+from ..impl import AUTO, REFERENCE_FIRST, Impl, Operator
 from ..validation import check_float, check_int64, check_same_device, check_shape
 from .reference import token_loss_reference
 from .triton_ops import token_loss_triton
@@ -15,7 +15,7 @@ OPERATOR = Operator(
     "token_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float label_smoothing, int ignore_index, "
     "str reduction, str impl) -> (Tensor, Tensor)",
     {Impl.REFERENCE: token_loss_reference, Impl.TRITON: token_loss_triton},
-    {"cuda": Resolved(Impl.REFERENCE, "triton was not measured on a GPU yet")},
+    REFERENCE_FIRST,
     {Impl.TRITON: why_unavailable},
 )
 
