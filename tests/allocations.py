@@ -51,7 +51,7 @@ def held_storages() -> dict[int, int]:
     gc.collect()
     found = {}
     for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor):
+        if type(thing) in (torch.Tensor, torch.nn.Parameter):  # not one without memory, as a compilation leaves
             for tensor in (thing, thing.grad if thing.is_leaf else None):
                 if tensor is not None and tensor.untyped_storage().nbytes():
                     found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
