@@ -9,6 +9,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # One thread a worker, and the same with one worker: sums, and so golden losses, depend on the number of threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# torch.compile would start a pool of processes, each of which loads torch, in every worker.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
 import torch
