@@ -9,8 +9,8 @@ from ..config import Settings
 from ..hardware import GPUS, Gpu
 from ..models.flops import parameter_count, pretraining_flops
 from ..tokenizer.flops import DALLE, TokenizerSize, encoding_flops
-from ..training.header import human_bytes
-from .choice import Way, room, uses_bf16, way
+from ..training.header import RECOMPUTED, human_bytes
+from .choice import Way, recomputing, room, uses_bf16, way
 from .settings import PlanSettings
 from .step_time import StepTime, link, traffic
 from .sweep import BOUND, Row, alone, binds, efficiency
@@ -103,13 +103,21 @@ def count(number: int, thing: str) -> str:
 
 
 def choice(settings: PlanSettings, chosen: Way) -> dict[str, str]:
-    """Stage and batch, and what is not there to choose."""
+    """Stage, batch and recomputation."""
     return {
         "ZeRO stage": f"{chosen.stage}{' with offload' if chosen.offload else ''}",
         "batch": f"{chosen.global_batch} = {count(chosen.gpus, 'GPU')} x {count(chosen.accumulation, 'pass')} of "
         f"{count(chosen.micro_batch, 'picture')}",
-        "checkpointing": "none: the engine has none; smaller passes take less memory and recompute nothing",
+        "recomputed": recomputed(chosen),
     }
+
+
+def recomputed(chosen: Way) -> str:
+    """What is computed twice, the option for it and its cost."""
+    if chosen.recompute == "none":
+        return RECOMPUTED["none"]
+    cost = chosen.time.recomputed / (chosen.time.model_arithmetic - chosen.time.recomputed)
+    return f"{RECOMPUTED[chosen.recompute]} ({recomputing(chosen)}): {cost:.0%} more arithmetic of the model"
 
 
 def memory_lines(settings: PlanSettings, chosen: Way) -> list[str]:
@@ -134,7 +142,8 @@ def stage_lines(settings: PlanSettings, tokenizer: TokenizerSize, chosen: Way) -
     for stage, offload in ((0, False), (1, False), (2, False), (3, False), (1, True), (2, True), (3, True)):
         one = way(
             plain, chosen.gpu, tokenizer,
-            gpus=chosen.gpus, stage=stage, offload=offload, micro_batch=chosen.micro_batch,
+            gpus=chosen.gpus, stage=stage, offload=offload, recompute=chosen.recompute,
+            micro_batch=chosen.micro_batch,
         )  # fmt: skip
         sent = traffic(parameters, stage=stage, world_size=one.gpus, accumulation=one.accumulation).total
         parts = one.memory.parts
