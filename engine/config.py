@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .errors import UserError
 
+Recompute = Literal["none", "mlp", "block"]
+"""What the backward pass computes again in place of keeping it, from nothing to the most."""
+
 
 class Section(BaseModel):
     """A group of settings about one subject."""
@@ -148,17 +151,10 @@ class TrainSettings(Section):
 
     SPEED_ONLY: ClassVar[frozenset[str]] = frozenset(
         {
-            "micro_batch",
-            "stop_at_step",
-            "impl",
-            "compile",
-            "threads",
-            "log_every",
-            "eval_every",
-            "save_every",
-            "keep_checkpoints",
+            "micro_batch", "recompute", "stop_at_step", "impl", "compile", "threads", "log_every", "eval_every",
+            "save_every", "keep_checkpoints",
         }
-    )
+    )  # fmt: skip
 
     epochs: int = Field(800, ge=1)
     """Passes over the pictures."""
@@ -174,6 +170,9 @@ class TrainSettings(Section):
     """Stop after so many steps in a row with a gradient that is not finite."""
     micro_batch: int | None = Field(None, ge=1)
     """Pictures in one forward pass of one rank; none: all of a rank's share of `global_batch`."""
+    recompute: Recompute = "none"
+    """Activations that are not kept for the backward pass but computed again in it, for less memory and more time:
+    `mlp`: those within the MLP of each block; `block`: all of a block but its inputs."""
     stop_at_step: int | None = Field(None, ge=1)
     """Save and end the session at this step, the schedule unchanged; `--resume auto` goes on from there."""
     impl: Literal["auto", "reference", "sdpa", "xformers", "flex", "triton"] = "auto"

@@ -1,7 +1,7 @@
 """Plan a pre-training before it starts: `python engine/plan.py --preset beit_large_in1k_800ep --gpus 64 --gpu h200`.
 
-Says what it will need of memory, time, energy and money, which ZeRO stage and batch to choose, and the command that
-starts it so. Takes all options of pretrain.py; `--sweep FILE.svg` adds how it scales.
+Says what it will need of memory, time, energy and money, which ZeRO stage, batch and recomputation to choose, and the
+command that starts it so. Takes all options of pretrain.py; `--sweep FILE.svg` adds how it scales.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,9 @@ def main(argv: Sequence[str]) -> None:
     chosen = choose(settings, gpu, tokenizer, settings.gpus)
     planned = settings.model_copy(
         update={
-            "train": settings.train.model_copy(update={"micro_batch": chosen.micro_batch}),
+            "train": settings.train.model_copy(
+                update={"micro_batch": chosen.micro_batch, "recompute": chosen.recompute}
+            ),
             "zero": settings.zero
             if settings.zero.config is not None
             else settings.zero.model_copy(update={"stage": chosen.stage, "offload": chosen.offload}),

@@ -38,7 +38,15 @@ def deepspeed_json(folder: Path, stage: int, *, offload: bool) -> Path:
 
 
 def measure(
-    folder: Path, world_size: int, *, stage: int, accumulation: int, micro_batch: int, bf16: bool, offload: bool
+    folder: Path,
+    world_size: int,
+    *,
+    stage: int,
+    accumulation: int,
+    micro_batch: int,
+    bf16: bool,
+    offload: bool,
+    recompute: str = "none",
 ) -> dict[str, float]:
     """Bytes held between steps, at most in a step, and sent in a step; measured, and by formula.
 
@@ -52,6 +60,7 @@ def measure(
             "train": {
                 "global_batch": micro_batch * world_size * accumulation,
                 "micro_batch": micro_batch,
+                "recompute": recompute,
                 "threads": 1,
             },
             "zero": {"config": deepspeed_json(folder, stage, offload=offload)},
@@ -61,6 +70,7 @@ def measure(
     before = held_storages().keys()
     torch.manual_seed(0)
     model = MaskedImageModel(settings.model, IMAGE_SIZE, VOCAB, normalize="inception")
+    model.encoder.recompute(settings.train.recompute)
     engine = zero.ZeroEngine(model, settings, runtime, bf16=bf16)
     batch = (
         torch.zeros(micro_batch, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8),

@@ -22,6 +22,8 @@ for argv in json.loads(sys.argv[1]):
 zero.stop()
 """
 
+AGAIN = [(0, "block"), (1, "mlp"), (2, "block"), (3, "mlp"), (3, "block")]
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
@@ -37,6 +39,11 @@ def runs(tmp_path_factory):
     argvs.append(small_argv(root / "zero3", tokenizer, zero__config=sharded, train__eval_every=4, **how))
     argvs.append(small_argv(root / "halves", tokenizer, zero__config=sharded, train__stop_at_step=5, **how))
     argvs.append(small_argv(root / "halves", tokenizer, zero__config=sharded, resume="auto", **how))
+    for stage, recompute in AGAIN:
+        zero = {"zero__config": sharded} if stage == 3 else {"zero__stage": stage}
+        argvs.append(
+            small_argv(root / f"zero{stage}-{recompute}", tokenizer, train__recompute=recompute, **zero, **how)
+        )
     on_two_ranks([sys.executable, "-c", RUNS, json.dumps(argvs)])
     return root
 
@@ -49,6 +56,11 @@ def test_sharding_does_not_change_the_losses(runs, stage):
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_ranks_train_as_one_with_the_same_global_batch(runs, stage):
     assert losses(runs / f"zero{stage}") == pytest.approx(losses(runs / "one"), rel=1e-5)
+
+
+@pytest.mark.parametrize(("stage", "recompute"), AGAIN)
+def test_computing_activations_again_changes_no_bit_at_any_stage(runs, stage, recompute):
+    assert losses(runs / f"zero{stage}-{recompute}") == losses(runs / f"zero{stage}")
 
 
 def test_two_ranks_resume_bit_for_bit_at_stage_3(runs):

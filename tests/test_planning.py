@@ -249,11 +249,14 @@ def test_one_gpu_shards_nothing_and_more_shard_the_optimizer():
 
 
 def test_the_largest_batch_that_fits_is_taken_and_the_next_does_not_fit():
-    one = chosen(*LARGE, "--gpus", "8", "--gpu", "rtx4090")
-    settings = planned(*LARGE, "--gpus", "8", "--gpu", "rtx4090")
-    larger = [size for size in divisors(256) if size > one.micro_batch]
+    one = chosen(*LARGE, "--gpu", "rtx4090")
+    settings = planned(*LARGE, "--gpu", "rtx4090")
+    larger = [size for size in divisors(2048) if size > one.micro_batch]
     assert larger and one.fits(0.1)
-    next_larger = way(settings, one.gpu, DALLE, gpus=8, stage=one.stage, offload=one.offload, micro_batch=larger[-1])
+    next_larger = way(
+        settings, one.gpu, DALLE, gpus=1, stage=one.stage, offload=one.offload, recompute=one.recompute,
+        micro_batch=larger[-1],
+    )  # fmt: skip
     assert not next_larger.fits(0.1)
     assert one.global_batch == 2048
 

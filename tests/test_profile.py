@@ -108,6 +108,19 @@ def test_a_slow_part_is_found_in_forward_and_backward(opened, monkeypatch, owner
     assert found[1] >= times * backward * PLANTED
 
 
+@pytest.mark.parametrize(
+    ("recompute", "owner", "part"),
+    [("mlp", encoder.Mlp, Part.MLP), ("block", encoder.Mlp, Part.MLP), ("block", encoder.Attention, Part.ATTENTION)],
+)
+def test_what_is_computed_again_is_its_parts_backward(opened, monkeypatch, recompute, owner, part):
+    slowed(owner, monkeypatch)
+    with opened(train__recompute=recompute) as run:
+        seconds = seconds_of_a_step(run)
+    blocks, backward, again = 2, 2, 1
+    assert blocks * PLANTED <= seconds[Phase.FORWARD, part] < blocks * (1 + again) * PLANTED
+    assert seconds[Phase.BACKWARD, part] >= blocks * (backward + again) * PLANTED
+
+
 def test_what_comes_after_the_graph_is_not_its_last_parts(opened, monkeypatch):
     backward = zero.ZeroEngine.backward
     monkeypatch.setattr(zero.ZeroEngine, "backward", lambda *args: (backward(*args), time.sleep(PLANTED)))
@@ -130,10 +143,11 @@ def test_a_slow_collective_is_communication_wherever_it_happens(opened):
     assert sum(value for key, value in seconds.items() if key[1] == Part.COMMUNICATION) >= PLANTED
 
 
-def test_without_marks_in_backward_no_mark_is_set_while_autograd_runs(opened, monkeypatch):
-    """On a GPU that is another thread, from which DeepSpeed starts collectives too."""
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_without_marks_in_backward_no_mark_is_set_while_autograd_runs(opened, monkeypatch, recompute):
+    """On a GPU that is another thread, from which DeepSpeed starts collectives and modules are called again too."""
     set_in = set()
-    with opened(zero__stage=1) as run:
+    with opened(zero__stage=1, train__recompute=recompute) as run:
         interval = Interval(run.runtime.device)
         enter_part = interval.timeline.enter_part
 

@@ -11,9 +11,12 @@ Every parameter is read in the forward of the module that owns it, also where an
 where ZeRO stage 3 has it gathered, compiled or not, in training or out of it.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fused_beit.kernels import (
     Impl,
@@ -28,7 +31,7 @@ from fused_beit.kernels import (
 )
 from fused_beit.kernels.precision import compute_dtype
 
-from ..config import ModelSettings
+from ..config import ModelSettings, Recompute
 
 NORM_EPS = 1e-6
 INIT_STD = 0.02
@@ -43,6 +46,16 @@ def init_normal_(tensor: Tensor) -> None:
 def impl_besides_attention(impl: str) -> str:
     """`impl` for the other operators: what only attention has leaves them at auto."""
     return "auto" if impl in ATTENTION_ONLY else impl
+
+
+def call(module: nn.Module, *inputs: Any) -> Any:
+    """A module's output; where `module.recomputed` is set, the backward pass finds its inputs alone and calls it again.
+
+    Random states are not kept for that: nothing in a block draws from them, and dropped paths come with the inputs.
+    """
+    if not module.recomputed:
+        return module(*inputs)
+    return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class PatchProjection(nn.Conv2d):
@@ -116,6 +129,7 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
+        self.recomputed = False
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
@@ -163,6 +177,7 @@ class Block(nn.Module):
         """`first`: no residual comes before its first norm."""
         super().__init__()
         width = settings.width
+        self.recomputed = False
         self.impl = impl_besides_attention(impl)
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS) if first else ResidualNorm(width, self.impl)
         self.attn = Attention(width, settings.num_heads, window, impl)
@@ -189,7 +204,7 @@ class Block(nn.Module):
         """
         keep_attn, keep_mlp = (None, None) if keep_2B is None else keep_2B.unbind(0)
         x_BND, h_BND = self.norm2(x_BND, self.attn(h_BND, bias), self.gamma_1, keep_attn)
-        y_BND = self.mlp(h_BND)
+        y_BND = call(self.mlp, h_BND)
         if next_norm is None:
             return residual_add(x_BND, y_BND, self.gamma_2, keep_mlp, impl=self.impl), None
         return next_norm(x_BND, y_BND, self.gamma_2, keep_mlp)
@@ -255,6 +270,15 @@ class Encoder(nn.Module):
             block.attn.proj.weight.div_((2 * layer) ** 0.5)
             block.mlp.fc2.weight.div_((2 * layer) ** 0.5)
 
+    def recompute(self, what: Recompute) -> None:
+        """Let the backward pass compute again what is within each MLP or block, from its inputs, instead of keeping it.
+
+        Values and gradients stay the same bits. A pass without gradients keeps nothing and repeats nothing.
+        """
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.recomputed, block.mlp.recomputed = what == "block", what == "mlp"
+
     def forward(self, pixels: Tensor, masked_positions: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
         """Tokens before the final norm, which belongs to whoever reads them.
 
@@ -281,7 +305,7 @@ class Encoder(nn.Module):
         for layer, block in enumerate(self.blocks):
             keep_2B = None if keep is None else keep[layer]
             next_norm = norms[layer + 1] if layer + 1 < len(norms) else None
-            x_BND, h_BND = block(x_BND, h_BND, bias, keep_2B, next_norm)
+            x_BND, h_BND = call(block, x_BND, h_BND, bias, keep_2B, next_norm)
         return x_BND
 
     def compile_blocks(self) -> None:

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from ..config import ModelSettings
+from ..config import ModelSettings, Recompute
 from .encoder import hidden_width
 
 
@@ -44,6 +44,24 @@ def pretraining_flops(settings: ModelSettings, image_size: int, num_masked: int,
     """All of `pretraining_flops_by_part`: one step for one picture, forward and backward."""
     parts = pretraining_flops_by_part(settings, image_size, num_masked, vocab_size)
     return sum(part.forward + part.backward for part in parts.values())
+
+
+def recomputed_flops(settings: ModelSettings, image_size: int, recompute: Recompute, *, zero_stage: int) -> float:
+    """Floating point operations for one picture that the backward pass repeats under `train.recompute`.
+
+    It stops as soon as it has the last tensor that is needed: in an MLP fc2's input, before the product. At ZeRO stage
+    3 DeepSpeed's own linear keeps its input after its product, so that this is repeated too. A block's last tensor
+    comes after all of its products; in the last block without LayerScale and dropped paths it does not, and fc2 is
+    counted there all the same.
+
+    None of it is in `pretraining_flops_by_part`.
+    """
+    if recompute == "none":
+        return 0.0
+    parts = pretraining_flops_by_part(settings, image_size, 0, 0)
+    if recompute == "block":
+        return parts["attention"].forward + parts["mlp"].forward
+    return parts["mlp"].forward if zero_stage == 3 else parts["mlp"].forward / 2
 
 
 def parameter_count(settings: ModelSettings, image_size: int, vocab_size: int) -> int:

@@ -1,8 +1,9 @@
-"""Which ZeRO stage and which batch of a pass fit a GPU, and which of them is fastest."""
+"""Which ZeRO stage, recomputation and batch of a pass fit a GPU, and which of them is fastest."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..config import Recompute
 from ..errors import UserError
 from ..hardware import GPUS, Gpu
 from ..tokenizer.flops import TokenizerSize
@@ -24,6 +25,7 @@ class Way:
     gpus: int
     stage: int
     offload: bool
+    recompute: Recompute
     micro_batch: int
     accumulation: int
     memory: RankMemory
@@ -60,6 +62,7 @@ def way(
     gpus: int,
     stage: int,
     offload: bool,
+    recompute: Recompute,
     micro_batch: int,
 ) -> Way:
     """What a step takes, run one way.
@@ -69,7 +72,7 @@ def way(
     """
     asked = settings.model_copy(
         update={
-            "train": settings.train.model_copy(update={"micro_batch": micro_batch}),
+            "train": settings.train.model_copy(update={"micro_batch": micro_batch, "recompute": recompute}),
             "zero": settings.zero.model_copy(update={"stage": stage, "offload": offload}),
         }
     )
@@ -88,11 +91,11 @@ def way(
         token_side=settings.grid * tokenizer.stride,
     )
     time = step_time(
-        settings, gpu, tokenizer, bf16=bf16, stage=stage, offload=on_host, world_size=gpus,
+        asked, gpu, tokenizer, bf16=bf16, stage=stage, offload=on_host, world_size=gpus,
         micro_batch=micro_batch, accumulation=accumulation,
     )  # fmt: skip
     memory = rank_memory(asked, run, config, world_size=gpus)
-    return Way(gpu, gpus, stage, on_host, micro_batch, accumulation, memory, time)
+    return Way(gpu, gpus, stage, on_host, recompute, micro_batch, accumulation, memory, time)
 
 
 def shardings(settings: PlanSettings, gpus: int) -> list[tuple[int, bool]]:
@@ -104,8 +107,15 @@ def shardings(settings: PlanSettings, gpus: int) -> list[tuple[int, bool]]:
     return [(1, False), (2, False), (3, False), (1, True), (2, True), (3, True)]
 
 
+def recomputations(settings: PlanSettings) -> list[Recompute]:
+    """What to try, from the least that is computed again: what is asked for, or all where that is the default."""
+    return ["none", "mlp", "block"] if settings.train.recompute == "none" else [settings.train.recompute]
+
+
 def ways(settings: PlanSettings, gpu: Gpu, tokenizer: TokenizerSize, gpus: int) -> Iterator[Way]:
-    """All that the settings leave open, fitting or not: the simplest sharding and the largest batch of a pass first.
+    """All that the settings leave open, fitting or not, from the simplest sharding on.
+
+    With each, from the least that is computed again on; with that, from the largest batch of a pass on.
 
     Raises:
         UserError: where the batch cannot be divided among the GPUs.
@@ -114,8 +124,12 @@ def ways(settings: PlanSettings, gpu: Gpu, tokenizer: TokenizerSize, gpus: int) 
     micro_batch = settings.train.micro_batch
     sizes = [micro_batch] if micro_batch else divisors(settings.train.global_batch // gpus)
     for stage, offload in shardings(settings, gpus):
-        for size in sizes:
-            yield way(settings, gpu, tokenizer, gpus=gpus, stage=stage, offload=offload, micro_batch=size)
+        for recompute in recomputations(settings):
+            for size in sizes:
+                yield way(
+                    settings, gpu, tokenizer,
+                    gpus=gpus, stage=stage, offload=offload, recompute=recompute, micro_batch=size,
+                )  # fmt: skip
 
 
 def divisors(number: int) -> list[int]:
@@ -124,10 +138,11 @@ def divisors(number: int) -> list[int]:
 
 
 def choose(settings: PlanSettings, gpu: Gpu, tokenizer: TokenizerSize, gpus: int) -> Way:
-    """The simplest sharding that fits, with the largest batch of a pass, unless another is more than a tenth faster.
+    """The simplest way that fits, with the largest batch of a pass, unless another is more than a tenth faster.
 
-    A tenth, for what this estimate of time leaves out, such as the many small messages of stage 3, is not less.
-    A pass is taken to grow with its pictures, so that a smaller batch saves memory and no time.
+    Less sharding is simpler, and then less that is computed again. A tenth, for what this estimate of time leaves out,
+    such as the many small messages of stage 3, is not less. A pass is taken to grow with its pictures, so that a
+    smaller batch saves memory and no time.
 
     Raises:
         UserError: when none fits, with what would.
@@ -151,10 +166,11 @@ def too_small(settings: PlanSettings, found: list[Way], tokenizer: TokenizerSize
         f"{gpu.memory_gb:g} GB"
     )
     remedies = []
-    if settings.train.micro_batch or settings.zero.stage is not None or settings.zero.config or settings.zero.offload:
+    given = settings.train.micro_batch or settings.train.recompute != "none"
+    if given or settings.zero.stage is not None or settings.zero.config or settings.zero.offload:
         freed = settings.model_copy(
             update={
-                "train": settings.train.model_copy(update={"micro_batch": None}),
+                "train": settings.train.model_copy(update={"micro_batch": None, "recompute": "none"}),
                 "zero": settings.zero.model_copy(update={"stage": None, "config": None, "offload": False}),
             }
         )
@@ -176,4 +192,10 @@ def too_small(settings: PlanSettings, found: list[Way], tokenizer: TokenizerSize
 def describe(one: Way) -> str:
     """`ZeRO stage 1 with passes of 32 pictures` and the like."""
     pictures = "1 picture" if one.micro_batch == 1 else f"{one.micro_batch} pictures"
-    return f"ZeRO stage {one.stage}{' and offload' if one.offload else ''} with passes of {pictures}"
+    also = [name for name, used in (("offload", one.offload), (recomputing(one), one.recompute != "none")) if used]
+    return f"ZeRO stage {one.stage}{''.join(f' and {name}' for name in also)} with passes of {pictures}"
+
+
+def recomputing(one: Way) -> str:
+    """The option of `pretrain.py` for it."""
+    return f"--train.recompute {one.recompute}"

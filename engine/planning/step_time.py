@@ -5,15 +5,15 @@ n parameters, R ranks, A passes of an optimizer step.
 
 from dataclasses import dataclass
 
-from ..config import ModelSettings
+from ..config import ModelSettings, Recompute
 from ..hardware import Gpu
-from ..models.flops import parameter_count, pretraining_flops
+from ..models.flops import parameter_count, pretraining_flops, recomputed_flops
 from ..tokenizer.flops import TokenizerSize, encoding_flops
 from ..training.memory import FP32
 from .settings import PlanSettings
 
 BACKWARD_SHARE = 2 / 3
-"""Of the arithmetic of a pass: two products for each of the forward's."""
+"""Of the arithmetic of a pass that repeats nothing: two products for each of the forward's."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class StepTime:
     model: float
     model_arithmetic: float
     """What `model` would be if the host gave the operations in no time."""
+    recomputed: float
+    """Of `model_arithmetic`, what the backward passes repeat under `train.recompute`."""
     tokenizer: float
     optimizer: float
     """With offload, what passes between a GPU and its host in place of the update."""
@@ -111,14 +113,15 @@ def link(gpu: Gpu, world_size: int) -> float:
     return 1e9 * min(gpu.node_link_gb_s, gpu.network_gb_s * gpu.gpus_per_node)
 
 
-def pass_operations(model: ModelSettings, *, bf16: bool) -> int:
+def pass_operations(model: ModelSettings, *, bf16: bool, recompute: Recompute = "none") -> int:
     """Operations that the host gives the device one by one in a forward and backward pass.
 
     Counted in a real pass of the reference in torch 2.13, views excepted; tests/test_planning.py counts them again.
-    LayerScale with DropPath adds some, and so do the casts of autocast.
+    LayerScale with DropPath adds some, and so do the casts of autocast and what is computed again.
     """
     scaled = 1 if model.layer_scale else 0
-    return model.depth * (47 + 16 * scaled + 26 * bf16) + 100 + 56 * scaled + 16 * bf16
+    again = {"none": 0, "mlp": 2 + 4 * bf16, "block": 18 + 5 * scaled + 12 * bf16}[recompute]
+    return model.depth * (47 + 16 * scaled + 26 * bf16 + again) + 100 + 56 * scaled + 16 * bf16
 
 
 def encoding_operations(tokenizer: TokenizerSize) -> int:
@@ -141,22 +144,26 @@ def step_time(
     """Seconds of an optimizer step.
 
     A pass takes as long as its arithmetic, or as the host takes to start its operations, whichever is longer.
-    Arithmetic is FLOPs / (rate x mfu): of the model in bf16 or fp32; of the tokenizer's convolutions in tf32, of its
-    product with the codes in fp32, for the engine keeps the tokenizer in fp32. AdamW reads weight, gradient and two
-    moments and writes all but the gradient, 28 bytes a parameter that a rank updates, at the memory's bandwidth. With
-    offload its time is that of `host_traffic`, none of which is taken to be hidden; the host's own time for the update
-    is not counted.
+    Arithmetic is FLOPs / (rate x mfu): of model and tokenizer in bf16; or, without it, of the model in fp32, of the
+    tokenizer's convolutions in tf32 and of its product with the codes in fp32. What `train.recompute` repeats counts.
+    AdamW reads weight, gradient and two moments and writes all but the gradient, 28 bytes a parameter that a rank
+    updates, at the memory's bandwidth. With offload its time is that of `host_traffic`, none of which is taken to be
+    hidden; the host's own time for the update is not counted.
 
     Traffic of a backward pass is hidden behind its arithmetic, that of a forward pass behind its own; stage 1 has the
     last backward alone to hide behind.
     """
     parameters = parameter_count(settings.model, settings.data.image_size, tokenizer.vocab_size)
     flops = pretraining_flops(settings.model, settings.data.image_size, settings.mask.num_patches, tokenizer.vocab_size)
+    recompute = settings.train.recompute
+    again = recomputed_flops(settings.model, settings.data.image_size, recompute, zero_stage=stage)
     rate = 1e12 * settings.mfu * (gpu.bf16_tflops if bf16 else gpu.fp32_tflops)
-    arithmetic = micro_batch * flops / rate
-    model_pass = max(arithmetic, 1e-6 * settings.dispatch_us * pass_operations(settings.model, bf16=bf16))
+    arithmetic = micro_batch * (flops + again) / rate
+    operations = pass_operations(settings.model, bf16=bf16, recompute=recompute)
+    model_pass = max(arithmetic, 1e-6 * settings.dispatch_us * operations)
     inner, codes = encoding_flops(tokenizer, settings.grid * tokenizer.stride)
-    tokenizer_pass = micro_batch * (inner / gpu.tf32_tflops + codes / gpu.fp32_tflops) / (1e12 * settings.mfu)
+    inner_rate, codes_rate = (gpu.bf16_tflops,) * 2 if bf16 else (gpu.tf32_tflops, gpu.fp32_tflops)
+    tokenizer_pass = micro_batch * (inner / inner_rate + codes / codes_rate) / (1e12 * settings.mfu)
     tokenizer_pass = max(tokenizer_pass, 1e-6 * settings.dispatch_us * encoding_operations(tokenizer))
 
     updated = parameters / (1 if stage == 0 else world_size)
@@ -167,8 +174,9 @@ def step_time(
 
     sent = traffic(parameters, stage=stage, world_size=world_size, accumulation=accumulation)
     bandwidth = link(gpu, world_size)
-    backward = model_pass * BACKWARD_SHARE * (1 if stage == 1 else accumulation)
-    forward = model_pass * (1 - BACKWARD_SHARE) * accumulation
+    forward_share = (1 - BACKWARD_SHARE) * flops / (flops + again)
+    backward = model_pass * (1 - forward_share) * (1 if stage == 1 else accumulation)
+    forward = model_pass * forward_share * accumulation
     waits = (
         max(0.0, sent.backward / bandwidth - backward)
         + max(0.0, sent.forward / bandwidth - forward)
@@ -177,6 +185,7 @@ def step_time(
     return StepTime(
         model=accumulation * model_pass,
         model_arithmetic=accumulation * arithmetic,
+        recomputed=accumulation * micro_batch * again / rate,
         tokenizer=accumulation * tokenizer_pass,
         optimizer=optimizer,
         traffic=sent.total / bandwidth,

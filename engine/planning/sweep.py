@@ -50,7 +50,7 @@ def sweep(settings: PlanSettings, gpu: Gpu, tokenizer: TokenizerSize, chosen: Wa
         weak = way(
             grown, gpu, tokenizer,
             gpus=gpus, stage=chosen.stage, offload=chosen.offload and settings.zero.config is None,
-            micro_batch=chosen.micro_batch,
+            recompute=chosen.recompute, micro_batch=chosen.micro_batch,
         )  # fmt: skip
         rows.append(Row(gpus, strong, weak if weak.fits(settings.hardware.reserve) else None))
     return rows

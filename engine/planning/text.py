@@ -9,8 +9,8 @@ from ..config import Settings
 from ..hardware import GPUS, Gpu
 from ..models.flops import parameter_count, pretraining_flops
 from ..tokenizer.flops import DALLE, TokenizerSize, encoding_flops
-from ..training.header import human_bytes
-from .choice import Way, room, uses_bf16, way
+from ..training.header import RECOMPUTED, human_bytes
+from .choice import Way, recomputing, room, uses_bf16, way
 from .settings import PlanSettings
 from .step_time import StepTime, link, traffic
 from .sweep import BOUND, Row, alone, binds, efficiency
@@ -85,10 +85,13 @@ def assumptions(settings: PlanSettings, gpu: Gpu) -> dict[str, str]:
     source = "as described on the command line" if gpu.key == "custom" else "as published"
     if given:
         source += ", but for " + ", ".join(f"hardware.{name} {vars(gpu)[name]:g}" for name in given)
-    peak = gpu.bf16_tflops if uses_bf16(settings) else gpu.fp32_tflops
+    if uses_bf16(settings):
+        peak, codes = gpu.bf16_tflops, f"{gpu.bf16_tflops:g} TFLOP/s"
+    else:
+        peak, codes = gpu.fp32_tflops, f"{gpu.tf32_tflops:g} TFLOP/s, its codes of {gpu.fp32_tflops:g}"
     return {
         "arithmetic": f"{settings.mfu:.0%} of {peak:g} TFLOP/s (--mfu)",
-        "tokenizer": f"{settings.mfu:.0%} of {gpu.tf32_tflops:g} TFLOP/s, its codes of {gpu.fp32_tflops:g}: it is fp32",
+        "tokenizer": f"{settings.mfu:.0%} of {codes}",
         "operations": f"started by the host in {settings.dispatch_us:g} us each (--dispatch_us)",
         "links": f"{gpu.node_link_gb_s:g} GB/s in a machine, {gpu.network_gb_s:g} GB/s between machines, all of it",
         "offload": f"{gpu.host_link_gb_s:g} GB/s to the host, none of it hidden; AdamW's own time there is not counted",
@@ -103,13 +106,21 @@ def count(number: int, thing: str) -> str:
 
 
 def choice(settings: PlanSettings, chosen: Way) -> dict[str, str]:
-    """Stage and batch, and what is not there to choose."""
+    """Stage, batch and recomputation."""
     return {
         "ZeRO stage": f"{chosen.stage}{' with offload' if chosen.offload else ''}",
         "batch": f"{chosen.global_batch} = {count(chosen.gpus, 'GPU')} x {count(chosen.accumulation, 'pass')} of "
         f"{count(chosen.micro_batch, 'picture')}",
-        "checkpointing": "none: the engine has none; smaller passes take less memory and recompute nothing",
+        "recomputed": recomputed(chosen),
     }
+
+
+def recomputed(chosen: Way) -> str:
+    """What is computed twice, the option for it and its cost."""
+    if chosen.recompute == "none":
+        return RECOMPUTED["none"]
+    cost = chosen.time.recomputed / (chosen.time.model_arithmetic - chosen.time.recomputed)
+    return f"{RECOMPUTED[chosen.recompute]} ({recomputing(chosen)}): {cost:.0%} more arithmetic of the model"
 
 
 def memory_lines(settings: PlanSettings, chosen: Way) -> list[str]:
@@ -134,7 +145,8 @@ def stage_lines(settings: PlanSettings, tokenizer: TokenizerSize, chosen: Way) -
     for stage, offload in ((0, False), (1, False), (2, False), (3, False), (1, True), (2, True), (3, True)):
         one = way(
             plain, chosen.gpu, tokenizer,
-            gpus=chosen.gpus, stage=stage, offload=offload, micro_batch=chosen.micro_batch,
+            gpus=chosen.gpus, stage=stage, offload=offload, recompute=chosen.recompute,
+            micro_batch=chosen.micro_batch,
         )  # fmt: skip
         sent = traffic(parameters, stage=stage, world_size=one.gpus, accumulation=one.accumulation).total
         parts = one.memory.parts

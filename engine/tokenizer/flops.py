@@ -56,8 +56,8 @@ def encoder_parameters(size: TokenizerSize) -> int:
 def encoding_flops(size: TokenizerSize, token_side: int) -> tuple[float, float]:
     """Floating point operations of one picture's tokens: of the convolutions, and of the product with the codes.
 
-    A multiply-add counts 2. They are apart because the product with the codes is made in full fp32, whatever the
-    convolutions are made in.
+    A multiply-add counts 2. They are apart because, in fp32, convolutions are made in tf32 where a GPU has it, and the
+    product with the codes is not.
     """
     inner = sum(
         2 * before * after * side**2 * (token_side // 2**halvings) ** 2

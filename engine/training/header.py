@@ -3,7 +3,14 @@
 import math
 from collections.abc import Mapping
 
-from ..config import Settings, result_settings, speed_settings
+from ..config import Recompute, Settings, result_settings, speed_settings
+
+RECOMPUTED: Mapping[Recompute, str] = {
+    "none": "nothing",
+    "mlp": "in the backward pass, what is within the MLP of each block",
+    "block": "in the backward pass, all of each block but its inputs",
+}
+"""What is computed twice to save memory."""
 
 
 def header(settings: Settings, sections: Mapping[str, Mapping[str, str]]) -> str:

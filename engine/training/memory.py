@@ -11,7 +11,7 @@ tests/test_memory.py, which holds the formulas to it. They are those of DeepSpee
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..config import Settings
@@ -23,6 +23,8 @@ FP32 = 4
 BUCKET = 500_000_000
 """DeepSpeed's own, where its configuration gives none: numbers reduced at a time."""
 PREFETCH_BUCKET = 50_000_000
+SUB_GROUP = 1_000_000_000
+"""Numbers that DeepSpeed updates at a time at stage 3."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class StateMemory:
     gathered: float
     """Weights of other ranks, from the forward pass to the end of the backward pass."""
     reduced: Mapping[str, float]
-    """While gradients are reduced, in place of `summed` and `early`."""
+    """While gradients are reduced and weights updated, in place of `summed` and `early`."""
     host: float
     """In the host's memory."""
 
@@ -85,9 +87,12 @@ def rank_memory(settings: Settings, run: Pass, config: Mapping[str, Any], *, wor
     world_size: R
 
     The moments are: tokens are made (no activation is there yet), the backward pass starts (all activations are
-    there), and gradients are reduced (all gradients are there). Between the last two, activations of a block go and
-    gradients of a block come, so that no moment between them has more than both.
+    there), and gradients are reduced (all gradients are there; at stage 3, weights are updated). Between the last two,
+    activations of a block go and gradients of a block come, so that no moment between them has more than both. Where
+    activations are computed again there is a fourth, the backward pass comes to the first block, for that block is made
+    again beside all gradients.
     """
+    stage = int(config["zero_optimization"]["stage"])
     state = state_memory(settings, run.vocab_size, config, world_size=world_size)
     held = {**state.held, "tokenizer": FP32 * encoder_parameters(run.tokenizer), "batch": batch_memory(settings, run)}
     grads = held.get("gradients", 0.0)
@@ -101,12 +106,19 @@ def rank_memory(settings: Settings, run: Pass, config: Mapping[str, Any], *, wor
             **held,
             "gradients": grads + state.summed + state.early,
             "gathered weights": state.gathered,
-            "bf16 copies of weights": bf16_weights(settings, run, int(config["zero_optimization"]["stage"])),
+            "bf16 copies of weights": bf16_weights(settings, run, stage),
             "activations": saved_activations(settings, run),
-            "working tensors": working_tensors(settings, run),
+            "working tensors": working_tensors(settings, run, stage),
         },
         "gradients are reduced": {**held, **state.reduced},
     }
+    if settings.train.recompute != "none":
+        moments["the backward pass comes to the first block"] = {
+            **held,
+            "gradients": state.reduced.get("gradients", grads),
+            "gathered weights": state.gathered,
+            "activations": of_the_first_block(settings, run, stage),
+        }
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     return RankMemory(moment, {name: count for name, count in moments[moment].items() if count}, state.host)
 
@@ -132,9 +144,9 @@ def state_memory(settings: Settings, vocab_size: int, config: Mapping[str, Any],
 
     The last column is of the rank that has the last blocks; at stage 2 it is there in any pass, for DeepSpeed's
     gradients of a pass are in reference cycles, which go only when Python collects garbage. To reduce gradients, stage
-    0 of several ranks copies all of them into one buffer, 1 and 2 a bucket at a time. At stage 3 all weights of these
-    models, and the next bucket of them, stay gathered until the end of the backward pass: stage3_max_live_parameters
-    is 1e9.
+    0 of several ranks copies all of them into one buffer, 1 and 2 a bucket at a time; to update weights, stage 3 copies
+    a rank's part of the gradients. At stage 3 all weights of these models, and the next bucket of them, stay gathered
+    until the end of the backward pass: stage3_max_live_parameters is 1e9.
 
     Of a JSON, the stage, offload and the sizes of buckets are read. Stages 1 and 2 are counted with overlap_comm and
     contiguous_gradients, as in ds_configs/, stage 3 with DeepSpeed's own stage3_max_live_parameters and
@@ -163,7 +175,8 @@ def state_memory(settings: Settings, vocab_size: int, config: Mapping[str, Any],
             held |= {"weights": part, "optimizer state": 3 * part, "gradients": part}
         prefetched = min(int(zero.get("stage3_prefetch_bucket_size", PREFETCH_BUCKET)), parameters)
         gathered = whole + FP32 * prefetched if world_size > 1 or on_host else 0.0
-        return StateMemory(held, 0.0, 0.0, gathered, {}, 6 * part if on_host else 0.0)
+        reduced = {} if on_host else {"working tensors": min(part, float(FP32 * SUB_GROUP))}
+        return StateMemory(held, 0.0, 0.0, gathered, reduced, 6 * part if on_host else 0.0)
     held = {"weights": whole, "buckets": 2.0 * FP32 * bucket}
     own = host = 0.0
     if on_host:
@@ -182,75 +195,204 @@ def state_memory(settings: Settings, vocab_size: int, config: Mapping[str, Any],
     return StateMemory(held, summed, own, 0.0, reduced, host)
 
 
+def block_rows(settings: Settings, run: Pass) -> dict[str, float]:
+    """Bytes that one block needs from the forward to the backward pass for one picture, weights excepted.
+
+    residual stream     2 N D 4      before each norm
+    branches            2 N D 4      before LayerScale, whose gradient needs them; none without LayerScale
+    factors             2 D 4        LayerScale times DropPath, where there are both
+    normed, attended    3 N D a      what the linears read: qkv, projection, fc1
+    query, key, value   3 N D a
+    scores              H N^2 a      softmax, which attention makes with autocast off, on a GPU as on a CPU;
+                                     fused attention keeps 4 H N, the logarithm of its sum
+    MLP                 2 N C a      before and after GELU
+    norms               4 N 4        mean and deviation
+    """
+    model = settings.model
+    wide = 2 if run.bf16 else FP32
+    tokens, width = settings.num_patches + 1, model.width
+    stream, branch = FP32 * tokens * width, wide * tokens * width
+    return {
+        "residual stream": 2.0 * stream,
+        "branches": 2.0 * stream if model.layer_scale else 0.0,
+        "factors": 2.0 * FP32 * width if model.layer_scale and model.drop_path else 0.0,
+        "normed, attended": 3.0 * branch,
+        "query, key, value": 3.0 * branch,
+        "scores": float(model.num_heads * tokens * (tokens * wide if run.keeps_scores else FP32)),
+        "MLP": 2.0 * wide * tokens * hidden_width(model),
+        "norms": 4.0 * FP32 * tokens,
+    }
+
+
+def rounded_bias(settings: Settings, run: Pass) -> float:
+    """Bytes of a dense bias as the products take it: H N (N to the next 16) a; 0 without one."""
+    model, tokens = settings.model, settings.num_patches + 1
+    if model.rel_pos_bias == "none":
+        return 0.0
+    return float(model.num_heads * tokens * (-(-tokens // 16) * 16) * (2 if run.bf16 else FP32))
+
+
+def kept_of_a_block(settings: Settings, run: Pass) -> float:
+    """Bytes that are kept of one block for one picture, by `train.recompute`.
+
+    none    all of `block_rows`
+    mlp     the same without MLP
+    block   N D (4 + a): its inputs, the residual stream and what was normed
+    """
+    rows = block_rows(settings, run)
+    if settings.train.recompute == "block":
+        return float((settings.num_patches + 1) * settings.model.width * (FP32 + (2 if run.bf16 else FP32)))
+    return sum(rows.values()) - (rows["MLP"] if settings.train.recompute == "mlp" else 0.0)
+
+
 def saved_activations(settings: Settings, run: Pass) -> float:
-    """Bytes that autograd keeps from the forward to the backward pass, weights excepted.
+    """Bytes that are kept from the forward to the backward pass, weights excepted.
 
-    For each picture and block:
+    For each picture `kept_of_a_block` for each block, the patches, 3 S^2 a, and in the head M D (4 + a) of rows and
+    4 M V of log-probabilities. Where a block's inputs alone are kept, what the first block gets was normed before it:
+    N D 4, not N D a, and 2 N 4 of the norm.
 
-        residual stream     2 N D 4      before each norm
-        branches            2 N D 4      before LayerScale, whose gradient needs them; none without LayerScale
-        normed, attended    3 N D a      what the linears read: qkv, projection, fc1
-        query, key, value   3 N D a
-        scores              H N^2 a      softmax, which attention makes with autocast off, on a GPU as on a CPU;
-                                         fused attention keeps 4 H N, the logarithm of its sum
-        MLP                 2 N C a      before and after GELU
-        norms               4 N 4        mean and deviation
-
-    and for each picture the patches, 3 S^2 a, and in the head M D (4 + a) of rows and 4 M V of log-probabilities.
-    Fused attention also keeps the dense bias of each block, rounded to a bytes: H N (N to the next 16) a, once a pass.
+    Once a pass there is the bias, H N (N to the next 16): fused attention keeps it rounded for each block, a bytes
+    each, and as an input of blocks the shared one is kept in fp32, and where a is 2 rounded too.
     """
     model, image_size = settings.model, settings.data.image_size
     wide = 2 if run.bf16 else FP32
-    tokens, width, hidden = settings.num_patches + 1, model.width, hidden_width(model)
-    scores = model.num_heads * (tokens * tokens * wide if run.keeps_scores else FP32 * tokens)
-    block = (
-        (4 if model.layer_scale else 2) * tokens * width * FP32
-        + 6 * tokens * width * wide
-        + scores
-        + 2 * tokens * hidden * wide
-        + 4 * tokens * FP32
-    )
+    tokens, width = settings.num_patches + 1, model.width
+    blocks = model.depth * kept_of_a_block(settings, run)
+    bias = 0.0
+    if settings.train.recompute == "block":
+        blocks += tokens * (width * (FP32 - wide) + 2 * FP32)
+        if model.rel_pos_bias == "shared":
+            bias = rounded_bias(settings, run) * (3 if run.bf16 else 1)
+    elif not run.keeps_scores:
+        bias = model.depth * rounded_bias(settings, run)
     head = settings.mask.num_patches * (width * (FP32 + wide) + FP32 * run.vocab_size)
-    picture = model.depth * block + 3 * image_size**2 * wide + head
-    bias = 0
-    if not run.keeps_scores and model.rel_pos_bias != "none":
-        bias = model.depth * model.num_heads * tokens * (-(-tokens // 16) * 16) * wide
-    return float(run.micro_batch * picture + bias)
+    return run.micro_batch * (blocks + 3 * image_size**2 * wide + head) + bias
 
 
-def working_tensors(settings: Settings, run: Pass) -> float:
-    """Bytes that the start of the backward pass needs beside what was saved: the largest of three.
+def computed_again(settings: Settings, run: Pass, stage: int) -> float:
+    """Bytes of one block that the backward pass has made again when it comes to the block's MLP.
+
+    Of `block_rows` what was not kept, but of the norms the second alone: the first is made before a block is. Under
+    autocast the copies of the weights, 2 for each number, come again too, but not at stage 3: see `bf16_weights`.
+    """
+    model, recompute = settings.model, settings.train.recompute
+    if recompute == "none":
+        return 0.0
+    made = sum(block_rows(settings, run).values()) - kept_of_a_block(settings, run)
+    weights = 2.0 * model.width * hidden_width(model)
+    bias = 0.0
+    if recompute == "block":
+        made -= 2 * FP32 * (settings.num_patches + 1)
+        weights += 4 * model.width**2
+        bias = 0.0 if run.keeps_scores else rounded_bias(settings, run)
+    return run.micro_batch * made + bias + (2 * weights if run.bf16 and stage < 3 else 0.0)
+
+
+def working_tensors(settings: Settings, run: Pass, stage: int) -> float:
+    """Bytes that the start of the backward pass needs beside what was saved: the largest of five.
+
+    Before it there is `end_of_the_forward_pass`.
 
     The loss makes the gradient of the log-probabilities and from it that of the logits: 8 M V for a picture. Then the
-    head makes the gradient of its weight, 4 D V (under autocast first in bf16, in place of the weight's copy). After
-    it, with the head's own tensors gone, the last MLP has the gradients of the residual stream (4 N D; without
+    head makes the gradient of its weight, 4 D V (under autocast first in bf16, in place of the weight's copy).
+
+    After it, with the head's own tensors gone, the last MLP has the gradients of the residual stream (4 N D; without
     LayerScale nothing has gone in its place), of its output (a N D) and of its hidden layer (a N C) at a time, and that
-    of a weight (4 D C, under autocast in both).
+    of a weight (4 D C, under autocast in both); and what was made again.
+
+    Then, with the branches and the MLP's tensors gone, attention has the gradients of its output (a N D) and of the
+    softmax and the scores (2 H N^2 a); fused, that of the bias alone, but for each picture. In the blocks before the
+    last there is the sum of the gradients of a shared bias, 4 H N^2, in place of what was kept of a block.
     """
     model = settings.model
     wide = 2 if run.bf16 else FP32
     tokens, width, hidden = settings.num_patches + 1, model.width, hidden_width(model)
+    rows, again = block_rows(settings, run), computed_again(settings, run, stage)
     logits = settings.mask.num_patches * run.vocab_size
-    rows = settings.mask.num_patches * width * (FP32 + wide)
-    weight_grad = FP32 + (wide if run.bf16 else 0)
+    of_head = FP32 * logits + settings.mask.num_patches * width * (FP32 + wide)
+
     loss = run.micro_batch * 2 * FP32 * logits
     head = run.micro_batch * (wide - FP32) * logits + FP32 * width * run.vocab_size
+
     stream = 0 if model.layer_scale else FP32 * tokens * width
-    mlp = run.micro_batch * (stream + wide * tokens * (width + hidden) - FP32 * logits - rows)
-    return float(max(loss, head, mlp + weight_grad * width * hidden))
+    mlp: float = run.micro_batch * (stream + wide * tokens * (width + hidden) - of_head)
+    mlp += (FP32 + (wide if run.bf16 else 0)) * width * hidden + again
+
+    scores = 2 * rows["scores"] if run.keeps_scores else rounded_bias(settings, run)
+    attention = run.micro_batch * (scores + wide * tokens * width - rows["MLP"] - rows["branches"] - of_head)
+    attention += again - (4 * width * hidden if run.bf16 and stage < 3 else 0)
+    if model.rel_pos_bias == "shared" and model.depth > 1:
+        sums = FP32 * model.num_heads * tokens**2
+        attention += max(0.0, sums - run.micro_batch * kept_of_a_block(settings, run))
+    return float(max(end_of_the_forward_pass(settings, run, stage), loss, head, mlp, attention))
+
+
+def end_of_the_forward_pass(settings: Settings, run: Pass, stage: int) -> float:
+    """Bytes that the end of the forward pass needs beside what was saved, where it can need the most; else 0.
+
+    That is where autocast keeps copies of weights until then that autograd does not keep. Beside them the loss makes
+    the logits, 4 M V for a picture. Before it, with nothing of the head there but still the pixels in fp32, 12 S^2, the
+    last block makes what it does not keep: within its MLP, MLP, where fc2 has no copy yet; or in all of it the four
+    tensors of attention (4 N D a) with the scores and their softmax, or three times the residual stream and a branch.
+    """
+    model, recompute = settings.model, settings.train.recompute
+    if recompute == "none" or not run.bf16 or stage == 3:
+        return 0.0
+    tokens, width = settings.num_patches + 1, model.width
+    rows = block_rows(settings, run)
+    logits = settings.mask.num_patches * run.vocab_size
+    of_head = FP32 * logits + settings.mask.num_patches * width * (FP32 + 2)
+    weight = 2 * width * hidden_width(model)
+    copies = model.depth * 2 * weight
+    made = rows["MLP"]
+    if recompute == "block":
+        copies += model.depth * 8 * width**2
+        weight = 0
+        in_attention = 8 * tokens * width + (2 if run.keeps_scores else 1) * rows["scores"]
+        made = max(in_attention, tokens * width * (3 * FP32 + 2))
+    in_block = run.micro_batch * (made + 3 * FP32 * settings.data.image_size**2 - of_head) - weight
+    return copies + max(run.micro_batch * FP32 * logits, in_block)
+
+
+def of_the_first_block(settings: Settings, run: Pass, stage: int) -> float:
+    """Bytes of activations and working tensors when nothing but the first block is left for the backward pass.
+
+    They are those of a model of one block without a head, and the sum of the gradients of a shared bias, 4 H N^2.
+    """
+    model = settings.model
+    alone = settings.model_copy(
+        update={
+            "model": model.model_copy(update={"depth": 1}),
+            "mask": settings.mask.model_copy(update={"num_patches": 0}),
+        }
+    )
+    sums = FP32 * model.num_heads * (settings.num_patches + 1) ** 2 if model.rel_pos_bias == "shared" else 0
+    headless = replace(run, vocab_size=0)
+    return (
+        saved_activations(alone, headless)
+        + working_tensors(alone, headless, stage)
+        + bf16_weights(alone, headless, stage)
+        + sums
+    )
 
 
 def bf16_weights(settings: Settings, run: Pass, stage: int) -> float:
     """Bytes of the copies of linear weights that autocast makes and autograd keeps: 2 for each number; none in fp32.
 
     The projection of the patches is not among them, for the pixels have no gradient. At stage 3 DeepSpeed's own linear
-    keeps the weight and casts it again, so that only the head's copy stays.
+    keeps the weight and casts it again, so that only the head's copy stays. What `train.recompute` computes again casts
+    its weights again too.
     """
     if not run.bf16:
         return 0.0
     model = settings.model
-    linears = model.depth * (4 * model.width**2 + 2 * model.width * hidden_width(model))
-    return 2.0 * ((linears if stage < 3 else 0) + model.width * run.vocab_size)
+    kept = {
+        "none": 4 * model.width**2 + 2 * model.width * hidden_width(model),
+        "mlp": 4 * model.width**2,
+        "block": 0,
+    }[settings.train.recompute]
+    return 2.0 * (model.depth * (kept if stage < 3 else 0) + model.width * run.vocab_size)
 
 
 def batch_memory(settings: Settings, run: Pass) -> float:

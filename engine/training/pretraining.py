@@ -30,7 +30,7 @@ from . import checkpoint, zero
 from .bottleneck import Circumstances, bottleneck
 from .deepspeed_json import resolve_stage
 from .evaluation import Evaluation, evaluate, fill_pictures
-from .header import header, human_bytes
+from .header import RECOMPUTED, header, human_bytes
 from .loop import Loop, StopRequest
 from .memory import Pass, keeps_scores, rank_memory
 from .metrics import MetricsLog, Progress, duration, read_metrics
@@ -146,6 +146,7 @@ class Run:
         data, train = settings.data, settings.train
         vocab_size = self.tokenizer.vocab_size
         model = MaskedImageModel(settings.model, data.image_size, vocab_size, normalize=data.normalize, impl=train.impl)
+        model.encoder.recompute(train.recompute)
         if train.compile:
             model.encoder.compile_blocks()
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -356,6 +357,8 @@ class Run:
             "ranks": f"{runtime.world_size}, each {runtime.threads} CPU threads, "
             f"{engine.micro_batch} pictures x {engine.accumulation} passes a step; ZeRO stage {engine.stage}",
         }
+        if settings.train.recompute != "none":
+            run["recomputed"] = f"{RECOMPUTED[settings.train.recompute]}; neither FLOPs nor mfu count it"
         operators = {name: f"{resolved.impl}: {resolved.reason}" for name, resolved in implementations.items()}
         blocks = {"run": run, "tokenizer": tokenizer_facts, "operators": operators, "machine": self.facts}
         return header(settings, blocks)

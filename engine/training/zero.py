@@ -32,6 +32,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.utils.tensor_fragment import fragment_address
 
 T = TypeVar("T")
@@ -264,7 +265,10 @@ class ZeroEngine:
         return torch.autocast(self.runtime.device.type, torch.bfloat16, enabled=self.bf16)
 
     def backward(self, loss: Tensor) -> None:
+        entered = len(FWD_MODULE_STACK)
         self.engine.backward(loss)
+        # What is computed again ends as soon as it may, within modules that stage 3 would count as entered for ever.
+        del FWD_MODULE_STACK[entered:]
 
     def step(self) -> None:
         """Count a forward pass; at the last one of an optimizer step, update the weights."""

@@ -2,7 +2,8 @@
 
 Forward, a hook before and after each module that is a part; the innermost counts. Backward, a hook before each node of
 the graph: autograd numbers its nodes as the forward pass makes them, so a node belongs to the part that was running
-when its number was given. Collectives are parts wherever they are called.
+when its number was given. What the backward pass computes again (`train.recompute`) runs those modules, and so counts
+to their parts, backward. Collectives are parts wherever they are called.
 """
 
 from bisect import bisect_right
@@ -48,10 +49,11 @@ class Node(Protocol):
 
 
 class Marks:
-    """Marks of one model on one timeline."""
+    """Marks of one model on one timeline; `backward`: also while autograd runs."""
 
-    def __init__(self, timeline: Timeline) -> None:
+    def __init__(self, timeline: Timeline, *, backward: bool) -> None:
         self.timeline = timeline
+        self.backward = backward
         self._outside: list[Part] = []
         self._numbers: list[int] = []
         """Of the first node that autograd made in each part that was entered, in order."""
@@ -74,10 +76,12 @@ class Marks:
         """Mark a module's forward; returns what takes the marks away."""
 
         def before(module: nn.Module, args: Any) -> None:
-            self.begin(part)
+            if self.backward or self.timeline.phase != Phase.BACKWARD:
+                self.begin(part)
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
-            self.end()
+            if self.backward or self.timeline.phase != Phase.BACKWARD:
+                self.end()
 
         # Ahead of ZeRO's own hooks, so that what they do for a module counts to it.
         return [
@@ -123,10 +127,10 @@ class Marks:
 def marked(engine: zero.ZeroEngine, timeline: Timeline, *, backward: bool = True) -> Iterator[None]:
     """Tell parts apart on `timeline` in the steps that `engine` does inside the `with` block.
 
-    backward: also in what autograd runs, on a GPU in a thread of its own: the graph's nodes, and the collectives, most
-              of which DeepSpeed starts from there.
+    backward: also in what autograd runs, on a GPU in a thread of its own: the graph's nodes, modules that are called
+              again, and the collectives, most of which DeepSpeed starts from there.
     """
-    marks = Marks(timeline)
+    marks = Marks(timeline, backward=backward)
     with ExitStack() as stack:
         for module in engine.module.modules():
             if type(module) in PARTS:
