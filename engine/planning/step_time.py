@@ -120,7 +120,7 @@ def pass_operations(model: ModelSettings, *, bf16: bool, recompute: Recompute = 
     LayerScale with DropPath adds some, and so do the casts of autocast and what is computed again.
     """
     scaled = 1 if model.layer_scale else 0
-    again = {"none": 0, "mlp": 2 + 4 * bf16, "block": 18 + 5 * scaled + 12 * bf16}[recompute]
+    again = {"none": 0, "mlp": 2 + 4 * bf16, "block": 19 + 2 * scaled + 12 * bf16}[recompute]
     return model.depth * (47 + 16 * scaled + 26 * bf16 + again) + 100 + 56 * scaled + 16 * bf16
 
 
