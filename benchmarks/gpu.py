@@ -15,6 +15,7 @@ Without an installed fused_beit, from the root of the repository:
 
 import argparse
 import os
+import re
 import sys
 import tempfile
 import time
@@ -46,7 +47,7 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="folder for <machine>/*.json (default: benchmarks/results)")
     parser.add_argument("--operators", help="only these, as rel_pos_attention,train_step")
     parser.add_argument("--cases", help="only these, as base,base-bf16")
-    parser.add_argument("--providers", help="only these, as triton,sdpa")
+    parser.add_argument("--providers", help='only these, as "triton,timm,transformers, sdpa"')
     parser.add_argument("--rounds", type=int, help=f"how often each is timed at most (default: {ROUNDS})")
     parser.add_argument(
         "--minutes", type=float, default=MINUTES, help=f"what is not begun by then is left out ({MINUTES:g})"
@@ -58,13 +59,17 @@ def read_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def chosen(what: str, names: str | None, existing: Mapping[str, Any]) -> list[str]:
-    """The names of a comma-separated option; all where it is not given. Ends the run for a name that there is not."""
+    """The names of an option; all where it is not given. Ends the run for a name that there is not.
+
+    A comma separates them, but not before a blank: then it is part of a name, as in "transformers, sdpa".
+    """
     if names is None:
         return list(existing)
-    for name in names.split(","):
+    asked = re.split(r",(?! )", names)
+    for name in asked:
         if name not in existing:
-            sys.exit(f"error: there is no {what} {name!r}; there are: {', '.join(existing)}")
-    return [name for name in existing if name in names.split(",")]
+            sys.exit(f"error: there is no {what} {name!r}; there are: {'; '.join(existing)}")
+    return [name for name in existing if name in asked]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -156,7 +161,9 @@ class Session:
         return 1 if any(self.failed.values()) else 0
 
     def names_of(self, part: Part) -> tuple[str, ...]:
-        """The part's providers that were chosen."""
+        """The part's providers that were chosen, with the planted failures; () where none of its own was."""
+        if not set(self.providers) & set(part.providers):
+            return ()
         return tuple(name for name in self.providers if name in part.providers or name in PLANTED)
 
     def supervise(self, target: Callable[..., None], *arguments: Any) -> Ended:

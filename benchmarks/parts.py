@@ -23,7 +23,7 @@ SECONDS = 5.0
 LIMITS = 20
 """Seconds for the limits of the machine, which are measured first."""
 # In the order of their importance, with the seconds that each is given, most of them for compilers: first what the
-# targets are about. The last ones have what the others leave.
+# targets are about. What is not here comes after it and has what it leaves.
 PLAN: dict[tuple[str, ...], int] = {
     ("rel_pos_attention", "base"): 75,
     (step_names.SUBJECT, step_names.BASE, step_names.AS_THEY_ARE): 40,
@@ -40,7 +40,6 @@ PLAN: dict[tuple[str, ...], int] = {
     ("rel_pos_attention", "n1025"): 20,
     ("keep_visible", "base"): 10,
     ("restore_tokens", "base"): 10,
-    **{(step_names.SUBJECT, *key): 0 for key in step_names.ROUNDS if key not in step_names.REHEARSED},
 }
 MINUTES = (LIMITS + sum(PLAN.values())) / 60
 
@@ -95,7 +94,7 @@ class Part:
 
     @property
     def seconds(self) -> int:
-        """What it is given of `MINUTES`."""
+        """What it is given of `MINUTES`; 0 for what the others leave."""
         return PLAN.get(self.key, 0)
 
     def without_times(self, names: Sequence[str], why: str) -> list[Event]:
