@@ -136,7 +136,6 @@ def first_run(step: Step, compiled: bool) -> Step:
     """
     if not compiled:
         return step
-    torch._dynamo.reset()
     try:
         step.backward(step.forward())
     except torch.OutOfMemoryError:

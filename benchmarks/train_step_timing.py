@@ -1,5 +1,6 @@
 """A training step measured: every provider of a round built and checked, then timed in turn."""
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +42,8 @@ def check_steps(
     A provider is absent where it says so itself or has no memory. Whatever else it raises has failed, of a peer too.
     """
     found = Checked(case)
+    if "torch._dynamo" in sys.modules:  # which takes seconds to load, and has compiled nothing where it is not
+        torch.compiler.reset()  # of other cases; not of providers, or those before would be compiled again
     try:
         case.make_inputs()
         references = References(case)
