@@ -40,6 +40,8 @@ class Shape:
     num_masked: int
     tokenizer: TokenizerShape | None = None
     """Whose ids the visual tokens are, made once and kept; without it they are random numbers."""
+    tokens_in_bf16: bool = False
+    """Whether the tokenizer runs under bf16 autocast, as in a run in bf16; for a step in float64 they are the same."""
 
     @property
     def num_patches(self) -> int:
@@ -133,11 +135,17 @@ def token_views(shape: Shape) -> Tensor:
     return random_views(shape.tokenizer, shape.batch, DEVICE)
 
 
+def make_token_ids(shape: Shape) -> Tensor:
+    """int64 [B, P]: the tokenizer's pass, in the precision of the run, as `evaluation.tokens_of` has it."""
+    assert shape.tokenizer is not None
+    with torch.autocast(DEVICE.type, BF16, enabled=shape.tokens_in_bf16):
+        return frozen_tokenizer(shape.tokenizer).encode(token_views(shape))
+
+
 @functools.lru_cache(maxsize=1)
 def cached_token_ids(shape: Shape) -> Tensor:
-    """int64 [B, P], as a cache of tokens has them: made before, by the tokenizer."""
-    assert shape.tokenizer is not None
-    return frozen_tokenizer(shape.tokenizer).encode(token_views(shape))
+    """The same as a cache of tokens has them: made before."""
+    return make_token_ids(shape)
 
 
 @functools.lru_cache(maxsize=1)

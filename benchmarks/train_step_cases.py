@@ -87,7 +87,7 @@ class Round(NamedTuple):
 
 def tokenized(case: Case, tokenizer: TokenizerShape) -> Case:
     """The case with visual tokens that are those of a tokenizer."""
-    return replace(case, shape=replace(case.shape, tokenizer=tokenizer))
+    return replace(case, shape=replace(case.shape, tokenizer=tokenizer, tokens_in_bf16=case.dtype == BF16))
 
 
 def group_of(name: str, group: str, case: Case, tokenizer: TokenizerShape) -> Round:

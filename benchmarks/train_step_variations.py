@@ -12,7 +12,17 @@ from fused_beit.engine.training.zero import ZeroEngine
 from .engine_runtime import runtime
 from .step_names import IN_THE_LOOP, NO_DEEPSPEED, ZERO_1
 from .tokenizer import check_ids, scores_of
-from .train_step import BF16, PICTURES_AT_ONCE, Case, Step, frozen_tokenizer, our_model, token_views, watched
+from .train_step import (
+    BF16,
+    PICTURES_AT_ONCE,
+    Case,
+    Step,
+    frozen_tokenizer,
+    make_token_ids,
+    our_model,
+    token_views,
+    watched,
+)
 from .train_step_providers import fused_beit, peer
 
 
@@ -21,8 +31,7 @@ class InTheLoop(Case):
 
     @property
     def token_ids(self) -> Tensor:  # type: ignore[override]
-        assert self.shape.tokenizer is not None
-        return frozen_tokenizer(self.shape.tokenizer).encode(token_views(self.shape))
+        return make_token_ids(self.shape)
 
 
 def tokenizer_in_the_loop(case: Case) -> Step:
@@ -32,10 +41,11 @@ def tokenizer_in_the_loop(case: Case) -> Step:
         AssertionError: where the tokenizer chooses a worse code than plain torch would.
     """
     assert case.shape.tokenizer is not None
-    tokenizer, views = frozen_tokenizer(case.shape.tokenizer), token_views(case.shape)
-    few = views[:PICTURES_AT_ONCE]
+    tokenizer, few = frozen_tokenizer(case.shape.tokenizer), token_views(case.shape)[:PICTURES_AT_ONCE]
     exact = scores_of(copy.deepcopy(tokenizer).double(), few)
-    check_ids("the tokenizer", tokenizer.encode(views)[:PICTURES_AT_ONCE], scores_of(tokenizer, few), exact)
+    with case.autocast():
+        eager = scores_of(tokenizer, few)
+    check_ids("the tokenizer", make_token_ids(case.shape)[:PICTURES_AT_ONCE], eager, exact)
     step = fused_beit(InTheLoop(case.name, case.shape, case.dtype, case.note))
     return replace(step, about=f"{step.about}; the tokenizer's pass before it")
 

@@ -147,7 +147,17 @@ class TrainSettings(Section):
     """How long and in which pieces."""
 
     SPEED_ONLY: ClassVar[frozenset[str]] = frozenset(
-        {"micro_batch", "stop_at_step", "impl", "threads", "log_every", "eval_every", "save_every", "keep_checkpoints"}
+        {
+            "micro_batch",
+            "stop_at_step",
+            "impl",
+            "compile",
+            "threads",
+            "log_every",
+            "eval_every",
+            "save_every",
+            "keep_checkpoints",
+        }
     )
 
     epochs: int = Field(800, ge=1)
@@ -168,6 +178,8 @@ class TrainSettings(Section):
     """Save and end the session at this step, the schedule unchanged; `--resume auto` goes on from there."""
     impl: Literal["auto", "reference", "sdpa", "xformers", "flex", "triton"] = "auto"
     """Implementation of the operators; auto: the fastest exact one measured for the device."""
+    compile: bool = False
+    """Have torch.compile join what lies between a block's operators; the first step takes up to minutes longer."""
     threads: int | None = Field(None, ge=1)
     """CPU threads of each rank; none: the processors divided by the ranks of a machine."""
     log_every: int = Field(10, ge=1)

@@ -126,6 +126,20 @@ def test_a_tokenizer_in_the_loop_makes_tokens_in_every_step(case, references, mo
     assert case.token_ids.tolist() == encode(train_step.token_views(case.shape)).tolist()
 
 
+def test_tokens_are_made_in_the_precision_of_the_run_and_are_the_same_for_its_float64_reference(monkeypatch):
+    shape = cases.tokenized(cases.SMOKE["bf16"], cases.SMOKE_TOKENIZER).shape
+    tokenizer = train_step.frozen_tokenizer(shape.tokenizer)
+    encode, in_bf16 = tokenizer.encode, []
+    monkeypatch.setattr(
+        tokenizer, "encode", lambda views: in_bf16.append(torch.is_autocast_enabled("cpu")) or encode(views)
+    )
+    kept = train_step.Case("float64", shape, torch.float64).token_ids
+    made = variations.InTheLoop("bf16", shape, torch.bfloat16).token_ids
+    assert in_bf16 == [True, True]
+    assert made.tolist() == kept.tolist()
+    assert not cases.tokenized(cases.SMOKE["fp32"], cases.SMOKE_TOKENIZER).shape.tokens_in_bf16
+
+
 def test_a_tokenizer_with_worse_codes_is_refused(case, monkeypatch):
     tokenizer = train_step.frozen_tokenizer(case.shape.tokenizer)
     right = tokenizer.encode

@@ -80,12 +80,13 @@ def test_bf16_weights_give_the_codes_of_their_own_features_scored_in_fp32(small)
     assert torch.equal(small.encode(pixels), scores.argmax(1).flatten(1))
 
 
-def test_autocast_narrows_the_features_but_not_the_scores(small):
+def test_autocast_narrows_features_and_codes_but_not_the_scores(small):
     pixels = pictures()
     with torch.autocast("cpu", torch.bfloat16):
         features = small.encoder.features(small.prepare(pixels))
         ids = small.encode(pixels)
-    scores = F.conv2d(features.float(), small.encoder.output.weight, small.encoder.output.bias)
+    last = small.encoder.output
+    scores = F.conv2d(features.float(), last.weight.bfloat16().float(), last.bias)
     assert features.dtype == torch.bfloat16
     assert torch.equal(ids, scores.argmax(1).flatten(1))
 

@@ -258,7 +258,15 @@ pretrain(parse(sys.argv[2:], description=""))
 """
 
 
-@pytest.mark.parametrize("file", [1, 2, 3, 4], ids=["model shard", "optimizer shard", "weights", "manifest"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        pytest.param(1, id="model shard"),
+        pytest.param(2, id="optimizer shard", marks=pytest.mark.slow),
+        pytest.param(3, id="weights", marks=pytest.mark.slow),
+        pytest.param(4, id="manifest"),
+    ],
+)
 def test_a_kill_while_saving_resumes_from_the_checkpoint_before(run, tmp_path, tokenizer, file):
     argv = small_argv(tmp_path / "killed", tokenizer, train__save_every=2, zero__stage=1)
     killed = subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, str(file), *argv], capture_output=True)
@@ -301,10 +309,10 @@ def test_golden_losses_of_20_steps(run):
     assert now == pytest.approx(json.loads(GOLDEN.read_text()), rel=2e-5)
 
 
-@pytest.mark.parametrize("steps", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_the_kernels_reproduce_the_losses_of_the_reference(run, steps):
+@pytest.mark.parametrize(("steps", "depth"), [(2, 1), pytest.param(20, 2, marks=pytest.mark.slow)])
+def test_the_kernels_reproduce_the_losses_of_the_reference(run, steps, depth):
     """The digits model in Triton's interpreter, fp32; both losses drift apart by rounding alone."""
-    few = {"train__max_steps": steps, "train__global_batch": 2, "data__val_max": 2}
+    few = {"train__max_steps": steps, "train__global_batch": 2, "data__val_max": 2, "model__depth": depth}
     kernels = losses(run("kernels", train__impl="triton", **few))
     reference = losses(run("reference", train__impl="reference", **few))
     assert kernels == pytest.approx(reference, rel=2e-5)

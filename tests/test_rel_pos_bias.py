@@ -209,7 +209,9 @@ def test_two_gradients_are_equal_bit_for_bit(impl):
 def test_second_derivatives_pass_gradgradcheck(impl):
     table = table_of((2, 3), dtype=torch.float64).requires_grad_()
     weight = torch.randn(7, 7, dtype=torch.float64)
-    assert torch.autograd.gradgradcheck(lambda table: (expand_table(table, (2, 3), impl=impl) * weight) ** 3, table)
+    assert torch.autograd.gradgradcheck(
+        lambda table: (expand_table(table, (2, 3), impl=impl) * weight) ** 3, table, fast_mode=True
+    )
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -1,5 +1,7 @@
 """The ZeRO engine on one rank: bad gradients at every stage and precision, and no waiting for the device."""
 
+from unittest import mock
+
 import pytest
 import torch
 from torch import nn
@@ -50,6 +52,22 @@ def test_a_gradient_that_is_not_finite_skips_the_step(stage, bf16, bad):
     step(engine, torch.ones(4, 4))
     assert not torch.equal(weights(engine), before)
     assert [float(count) for count in engine.skipped()] == [2, 2]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_one_rank_at_stage_0_exchanges_nothing(accumulation):
+    """DeepSpeed would copy all gradients into a buffer and back, to add those of no other rank."""
+    engine = make_engine(0, micro_batch=4 // accumulation)
+    before = weights(engine)
+    called = mock.patch.multiple(zero.collectives(), **dict.fromkeys(zero.COLLECTIVES, refuse))
+    with called:
+        for _ in range(accumulation):
+            step(engine, torch.ones(4 // accumulation, 4))
+    assert not torch.equal(weights(engine), before)
+
+
+def refuse(*args, **kwargs):
+    raise AssertionError("a collective was called")
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

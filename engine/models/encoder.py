@@ -284,6 +284,14 @@ class Encoder(nn.Module):
             x_BND, h_BND = block(x_BND, h_BND, bias, keep_2B, next_norm)
         return x_BND
 
+    def compile_blocks(self) -> None:
+        """Have `torch.compile` compile the blocks when they are first called, all of one kind once.
+
+        For fixed shapes: each new number of pictures is compiled anew.
+        """
+        for block in self.blocks:
+            block.compile(dynamic=False)
+
     def features(self, pixels: Tensor) -> Tensor:
         """Normed tokens of whole pictures: [B, 3, S, S] -> [B, P+1, D]."""
         return self.norm(self(pixels))

@@ -67,12 +67,12 @@ def encoding_flops(size: TokenizerSize, token_side: int) -> tuple[float, float]:
     return float(inner), float(2 * last * size.vocab_size * (token_side // size.stride) ** 2)
 
 
-def encoding_memory(size: TokenizerSize, token_side: int, num_pictures: int) -> float:
-    """Bytes that making tokens needs at a time, weights excepted.
+def encoding_memory(size: TokenizerSize, token_side: int, num_pictures: int, *, bf16: bool) -> float:
+    """Bytes that making tokens needs at a time, weights excepted; `bf16`: under autocast.
 
     The first group works on the whole picture. At the end of a block it holds what the block got, its branch, the
-    branch times its gain, and their sum, and of a later block what the group got: 4 or 5 times W T^2 numbers of fp32 a
+    branch times its gain, and their sum, and of a later block what the group got: 4 or 5 times W T^2 numbers a
     picture. A convolution's own workspace is not counted.
     """
     tensors = 4 if size.blocks_per_group == 1 else 5
-    return 4.0 * num_pictures * tensors * size.width * token_side**2
+    return (2.0 if bf16 else 4.0) * num_pictures * tensors * size.width * token_side**2

@@ -1,7 +1,8 @@
 """Held-out loss and accuracy beside what knowing the token frequencies alone would give, and pictures filled in."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,31 +31,41 @@ class Evaluation:
     pictures: int
 
 
-def tokens_of(tokenizer: DiscreteVAE, batch: Batch) -> Tensor:
-    """Token ids, int64 `[B, P]`, of a batch's token views."""
-    return tokenizer.encode(batch.token_view)
+def tokens_of(engine: ZeroEngine, tokenizer: DiscreteVAE, batch: Batch) -> Tensor:
+    """Token ids, int64 `[B, P]`, of a batch's token views, made in the precision of training."""
+    with engine.autocast():
+        return tokenizer.encode(batch.token_view)
 
 
-@torch.no_grad()
+@contextmanager
+def evaluating(engine: ZeroEngine) -> Iterator[None]:
+    """No gradients, no dropped paths, the precision of training.
+
+    Compiled blocks run as they are written: they are compiled for the shapes of training, and these are others.
+    """
+    eager = torch.compiler.set_stance("force_eager") if engine.compiled else nullcontext()
+    engine.module.eval()
+    with torch.no_grad(), engine.autocast(), eager:
+        yield
+    engine.module.train()
+
+
 def evaluate(engine: ZeroEngine, tokenizer: DiscreteVAE, batches: Iterable[Batch]) -> Evaluation:
     """Evaluate on all ranks together; every rank passes its own, equally many, batches."""
-    model = engine.module
     device = engine.runtime.device
-    model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, accuracy, pictures
     counts = torch.zeros(tokenizer.vocab_size, dtype=torch.float64, device=device)
-    for batch in batches:
-        batch = batch.to(device)
-        token_ids = tokens_of(tokenizer, batch)
-        with engine.autocast():
-            loss, accuracy = model(batch.patch_view, batch.masked_positions, token_ids)
-        size = batch.patch_view.shape[0]
-        sums += torch.stack([loss * size, accuracy * size, loss.new_tensor(size)]).double()
-        targets = token_ids.gather(1, batch.masked_positions.clamp(min=0))
-        counts += torch.bincount(
-            targets.flatten(), (batch.masked_positions >= 0).flatten().double(), minlength=tokenizer.vocab_size
-        )
-    model.train()
+    with evaluating(engine):
+        for batch in batches:
+            batch = batch.to(device)
+            token_ids = tokens_of(engine, tokenizer, batch)
+            loss, accuracy = engine.module(batch.patch_view, batch.masked_positions, token_ids)
+            size = batch.patch_view.shape[0]
+            sums += torch.stack([loss * size, accuracy * size, loss.new_tensor(size)]).double()
+            targets = token_ids.gather(1, batch.masked_positions.clamp(min=0))
+            counts += torch.bincount(
+                targets.flatten(), (batch.masked_positions >= 0).flatten().double(), minlength=tokenizer.vocab_size
+            )
     loss_sum, accuracy_sum, pictures = reduce_sum(sums).tolist()
     shares = reduce_sum(counts).cpu() / counts.sum().cpu().clamp(min=1)
     pictures = max(pictures, 1)
@@ -68,17 +79,14 @@ def evaluate(engine: ZeroEngine, tokenizer: DiscreteVAE, batches: Iterable[Batch
     )
 
 
-@torch.no_grad()
 def fill_pictures(engine: ZeroEngine, tokenizer: DiscreteVAE, batch: Batch) -> list[PictureRow]:
     """Pictures as given, masked, as the tokenizer reconstructs them, and with the masked tokens filled in."""
     model = engine.module
     assert isinstance(model, MaskedImageModel)
     batch = batch.to(engine.runtime.device)
-    token_ids = tokens_of(tokenizer, batch)
-    model.eval()
-    with engine.autocast():
+    token_ids = tokens_of(engine, tokenizer, batch)
+    with evaluating(engine):
         guesses = model.logits(batch.patch_view, batch.masked_positions).argmax(-1)
-    model.train()
     grid = math.isqrt(token_ids.shape[1])
     masked = batch.masked_positions
     spare = torch.nn.functional.pad(token_ids, (0, 1))  # a last column for the padding slots to write to

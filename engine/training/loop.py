@@ -118,7 +118,7 @@ class Loop:
             enter(Phase.TRANSFER)
             batch = batch.to(engine.runtime.device, non_blocking=True)
             enter(Phase.TOKENIZER)
-            token_ids = tokens_of(self.tokenizer, batch)
+            token_ids = tokens_of(engine, self.tokenizer, batch)
             enter(Phase.FORWARD)
             loss, accuracy = engine(batch.patch_view, batch.masked_positions, token_ids, batch.sample_ids, seed)
             enter(Phase.BACKWARD)

@@ -95,7 +95,7 @@ def rank_memory(settings: Settings, run: Pass, config: Mapping[str, Any], *, wor
         "tokens are made": {
             **held,
             "gradients": grads + state.summed,
-            "working tensors": encoding_memory(run.tokenizer, run.token_side, run.micro_batch),
+            "working tensors": encoding_memory(run.tokenizer, run.token_side, run.micro_batch, bf16=run.bf16),
         },
         "the backward pass starts": {
             **held,
@@ -132,8 +132,9 @@ def state_memory(settings: Settings, vocab_size: int, config: Mapping[str, Any],
 
     The last column is of the rank that has the last blocks; at stage 2 it is there in any pass, for DeepSpeed's
     gradients of a pass are in reference cycles, which go only when Python collects garbage. To reduce gradients, stage
-    0 copies all of them into one buffer, 1 and 2 a bucket at a time. At stage 3 all weights of these models, and the
-    next bucket of them, stay gathered until the end of the backward pass: stage3_max_live_parameters is 1e9.
+    0 of several ranks copies all of them into one buffer, 1 and 2 a bucket at a time. At stage 3 all weights of these
+    models, and the next bucket of them, stay gathered until the end of the backward pass: stage3_max_live_parameters
+    is 1e9.
 
     Of a JSON, the stage, offload and the sizes of buckets are read. Stages 1 and 2 are counted with overlap_comm and
     contiguous_gradients, as in ds_configs/, stage 3 with DeepSpeed's own stage3_max_live_parameters and
@@ -152,7 +153,9 @@ def state_memory(settings: Settings, vocab_size: int, config: Mapping[str, Any],
     on_host = offloads(config)
     if stage == 0:
         held = {"weights": whole, "optimizer state": 2 * whole}
-        reduced = {"gradients": whole, "buckets": float(FP32 * min(parameters, BUCKET))}
+        reduced = {"gradients": whole}
+        if world_size > 1:
+            reduced["buckets"] = float(FP32 * min(parameters, BUCKET))
         return StateMemory(held, whole if accumulates else 0.0, 0.0, 0.0, reduced, 0.0)
     if stage == 3:
         held = {"buckets": float(FP32 * bucket)}

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -74,6 +75,8 @@ def open_run(settings: Settings, *, rehearsal: bool = False) -> Iterator["Run"]:
     folder = RunFolder(settings.output_dir)
     folder.refuse_if_used(settings, rehearsal=rehearsal)
     implementations = resolve_implementations(settings.train.impl)
+    if settings.train.compile:
+        refuse_without_compiler()
     pictures = open_pictures(settings.data, settings.train.seed)
     run_length(settings, len(pictures.train))
     runtime = zero.start(settings)
@@ -143,6 +146,8 @@ class Run:
         data, train = settings.data, settings.train
         vocab_size = self.tokenizer.vocab_size
         model = MaskedImageModel(settings.model, data.image_size, vocab_size, normalize=data.normalize, impl=train.impl)
+        if train.compile:
+            model.encoder.compile_blocks()
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.flops = pretraining_flops(settings.model, data.image_size, settings.mask.num_patches, vocab_size)
         self.engine = zero.ZeroEngine(model, settings, runtime, bf16=self.bf16)
@@ -396,6 +401,17 @@ def resolve_implementations(impl: str) -> dict[str, Resolved]:
         return attention | {name: resolve(name, impl_besides_attention(impl), device) for name in OPERATORS}
     except ImplUnavailable as error:
         raise UserError(f"train.impl = {impl}: {error}.") from None
+
+
+def refuse_without_compiler() -> None:
+    """Raise `UserError` where torch.compile would find no compiler for what it writes: C for a GPU, C++ for a CPU."""
+    variable, names = ("CC", ["gcc", "clang"]) if torch.cuda.is_available() else ("CXX", ["g++", "clang++"])
+    wanted = [os.environ[variable]] if variable in os.environ else names
+    if not any(map(shutil.which, wanted)):
+        raise UserError(
+            f"train.compile needs a compiler, and there is no {' or '.join(wanted)} here; install one, name it in "
+            f"{variable}, or leave --train.compile out."
+        )
 
 
 def check_tokenizer(settings: Settings, num_pictures: int) -> None:

@@ -230,6 +230,7 @@ class ZeroEngine:
     def __init__(self, model: nn.Module, settings: Settings, runtime: Runtime, *, bf16: bool):
         self.stage = resolve_stage(settings, runtime.world_size)
         self.bf16 = bf16
+        self.compiled = settings.train.compile
         self.runtime = runtime
         self.micro_batch, self.accumulation = batch_plan(settings, runtime.world_size)
         config = deepspeed_config(settings, runtime.world_size, bf16=bf16)
@@ -242,6 +243,8 @@ class ZeroEngine:
         else:
             optimizer = torch.optim.AdamW(groups, fused=True, **adamw)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        if self.stage == 0 and runtime.world_size == 1:
+            self.engine.enable_backward_allreduce = False  # it would copy all gradients there and back to change none
         self.engine.checkpoint_engine = CheckedCheckpointEngine()
         self._skipped_in_a_row = self._most_in_a_row = 0
 
