@@ -75,16 +75,18 @@ bench: .venv/installed  ## the benchmarks at full size; ARGS=--keep-results writ
 results: .venv/installed  ## RESULTS.md, the README's tables and the plots, from benchmarks/results; ARGS=--check compares
 	$(BIN)/python -m benchmarks.publish $(ARGS)
 
-# Needs torch and triton alone: the environment of .venv where there is one, else PYTHON where it has both, as machines
-# with a GPU come; where it has not, .venv is made. By hand, with no install, the same is
-#   mkdir -p build/types/fused_beit && ln -sfn ../../../kernels build/types/fused_beit/kernels
+# The operators need torch and triton alone, the step deepspeed and more (docs/benchmarks.md): the environment of .venv
+# where there is one, else PYTHON where it has torch and triton, as machines with a GPU come; where it has not, .venv is
+# made. By hand, with no install, the same is
+#   mkdir -p build/types/fused_beit
+#   for part in kernels engine ds_configs; do ln -sfn ../../../$part build/types/fused_beit/$part; done
 #   PYTHONPATH=build/types python3 -m benchmarks.gpu
-# `make bench-gpu BIN=.venv-peers/bin`, after `make peers`, compares with xformers too.
+# `make bench-gpu BIN=.venv-peers/bin`, after `make peers`, compares with timm, transformers and xformers too.
 HAS_TORCH = $(PYTHON) -c 'import sys, importlib.util as i; sys.exit(not (i.find_spec("torch") and i.find_spec("triton")))'
 
 bench-gpu:  ## all that is measured on a GPU, in one go; ARGS="--rehearse --output FOLDER" tries it without one
 	@mkdir -p build/types/fused_beit
-	@ln -sfn ../../../kernels build/types/fused_beit/kernels
+	@for part in kernels engine ds_configs; do ln -sfn ../../../$$part build/types/fused_beit/$$part; done
 	@[ -x $(BIN)/python ] || $(HAS_TORCH) || $(MAKE) .venv/installed
 	PYTHONPATH=build/types $$([ -x $(BIN)/python ] && echo $(BIN)/python || echo $(PYTHON)) -m benchmarks.gpu $(ARGS)
 

@@ -8,7 +8,6 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -18,19 +17,11 @@ from fused_beit.engine.tokenizer.flops import encoding_flops
 from .rounds import quartiles, time_in_turn
 from .spread import add_spread
 from .timers import device_timer, memory
+from .tokenizer import DALL_E, SMALL, build_tokenizer, check_ids, random_views, scores_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SIZES = {
-    "smoke": {"batch": 2, "side": 32, "vocab_size": 64, "width": 16, "groups": 3, "blocks_per_group": 1},
-    "full": {
-        "batch": 64 if DEVICE.type == "cuda" else 1,
-        "side": 112,
-        "vocab_size": 8192,
-        "width": 256,
-        "groups": 4,
-        "blocks_per_group": 2,
-    },
-}
+SHAPES = {"smoke": SMALL, "full": DALL_E}
+BATCHES = {"smoke": 2, "full": 64 if DEVICE.type == "cuda" else 1}
 
 
 @dataclass(frozen=True)
@@ -70,38 +61,9 @@ def plain_torch(tokenizer: DiscreteVAE, views: Tensor) -> Tokens:
 PROVIDERS = {"fused_beit": fused_beit, "fused_beit, channels last": channels_last, "plain torch": plain_torch}
 
 
-def scores_of(tokenizer: DiscreteVAE, views: Tensor) -> Tensor:
-    """[B, G*G, V]"""
-    with torch.no_grad():
-        return tokenizer.encoder(tokenizer.prepare(views)).flatten(2).transpose(1, 2)
-
-
-def check_ids(name: str, ids: Tensor, eager: Tensor, exact: Tensor) -> dict[str, float]:
-    """Assert that every id is of a code that is best up to rounding; scores [B, G*G, V] of plain torch and float64.
-
-    A provider's scores are off by at most twice plain torch's error, by the house's rule, and two codes are compared.
-    """
-    assert ids.shape == exact.shape[:2], f"{name}: ids have shape {list(ids.shape)}"
-    allowed = 4 * (eager.double() - exact).abs().max()
-    best, wanted = exact.max(dim=-1)
-    behind = (best - exact.gather(-1, ids[..., None]).squeeze(-1)).max()
-    assert behind <= allowed, f"{name}: chose a code {behind:.2e} worse than the best; rounding is {allowed:.2e}"
-    return {"same_ids": float((ids == wanted).double().mean())}
-
-
-@pytest.fixture
-def tokenizer(sizes) -> DiscreteVAE:
-    size = {key: value for key, value in SIZES[sizes].items() if key not in ("batch", "side")}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        made = DiscreteVAE(**size, output_channels=0)
-    return made.to(DEVICE).eval().requires_grad_(False)
-
-
-def test_tokenizer(drive, keep, num_rounds, limits, sizes, tokenizer):
-    batch, side = SIZES[sizes]["batch"], SIZES[sizes]["side"]
-    generator = torch.Generator().manual_seed(1)
-    views = torch.randint(256, (batch, 3, side, side), dtype=torch.uint8, generator=generator).to(DEVICE)
+def test_tokenizer(drive, keep, num_rounds, limits, sizes):
+    shape, batch = SHAPES[sizes], BATCHES[sizes]
+    tokenizer, views = build_tokenizer(shape, DEVICE), random_views(shape, batch, DEVICE)
 
     eager = scores_of(tokenizer, views)
     exact = scores_of(copy.deepcopy(tokenizer).double(), views)
@@ -109,9 +71,9 @@ def test_tokenizer(drive, keep, num_rounds, limits, sizes, tokenizer):
     errors = {name: check_ids(name, run(), eager, exact) for name, run in runs.items()}
     del eager, exact
 
-    flops = batch * sum(encoding_flops(tokenizer.encoder_size, side))
+    flops = batch * sum(encoding_flops(tokenizer.encoder_size, shape.side))
     peaks = {name: memory(run, DEVICE) if DEVICE.type == "cuda" else {} for name, run in runs.items()}
-    label = f"{batch} token views of {side} x {side}, {tokenizer.vocab_size} codes, float32"
+    label = f"{batch} token views of {shape.side} x {shape.side}, {shape.vocab_size} codes, float32"
     rows = time_in_turn(
         label,
         runs,

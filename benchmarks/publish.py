@@ -102,14 +102,22 @@ def operator_table(machine: Machine) -> text.Table:
 
 
 def step_table(benchmarks: Sequence[Mapping[str, Any]]) -> text.Table:
-    table = [["case", "provider", "median ms", "quartiles", "over the first"]]
-    for benchmark in benchmarks:
-        for name, row in benchmark["extra_info"]["providers"].items():
-            if "median" in row:
-                spread = f"{text.milliseconds(row['q1'])} to {text.milliseconds(row['q3'])}"
-                ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
-                case = benchmark["extra_info"]["case"]
-                table.append([case, name, text.milliseconds(row["median"]), spread, ratio])
+    """Times, and where they were measured, speed, share of the matrix rate and memory."""
+    timed = [
+        (benchmark["extra_info"]["case"], name, row)
+        for benchmark in benchmarks
+        for name, row in benchmark["extra_info"]["providers"].items()
+        if "median" in row
+    ]
+    measured = ("pictures_per_s", "mfu", "peak_bytes", "state_bytes")
+    shown = [key for key in measured if any(key in row for _, _, row in timed)]
+    columns = {key: text.NUMBERS[key] for key in shown}
+    table = [["case", "provider", "median ms", "quartiles", "over the first", *(name for name, _ in columns.values())]]
+    for case, name, row in timed:
+        spread = f"{text.milliseconds(row['q1'])} to {text.milliseconds(row['q3'])}"
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        numbers = [write(row[key]) if key in row else "" for key, (_, write) in columns.items()]
+        table.append([case, name, text.milliseconds(row["median"]), spread, ratio, *numbers])
     return table
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 Event = dict[str, Any]
+OUT_OF_TIME = "was out of time"
 
 
 class Journal:
@@ -63,7 +64,7 @@ def supervise(
         if now - heard > silence:
             badly = f"was silent for {silence:.0f} s"
         elif now > until:
-            badly = "was out of time"
+            badly = OUT_OF_TIME
         if badly:
             process.kill()
             process.join()

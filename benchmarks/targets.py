@@ -1,14 +1,15 @@
-"""What the operators are to reach on an H200 in bf16, and whether rows of results say that they do."""
+"""What operators and training step are to reach on an H200 in bf16, and whether rows of results say that they do."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
+from . import step_names as step
 from .cases import BACKWARD, BOTH, FORWARD
 from .providers import OURS, PEER
 
 Key = tuple[str, str, str, str]
 Rows = dict[Key, dict[str, Any]]
-"""Rows that have a time, by operator, case, direction and provider."""
+"""Rows that have a time, by operator, case, direction and provider; of the step, the group is the direction."""
 
 
 class Target(NamedTuple):
@@ -76,7 +77,7 @@ def extra_megabytes(operator: str, case: str, direction: str) -> Callable[[Rows]
         sizes = [
             row["extra_bytes"] / 1e6
             for (*of, name), row in rows.items()
-            if (*of, row["kind"]) == (operator, case, direction, OURS) and "extra_bytes" in row and name != "auto"
+            if (*of, row.get("kind")) == (operator, case, direction, OURS) and "extra_bytes" in row and name != "auto"
         ]
         return min(sizes, default=None)
 
@@ -89,6 +90,56 @@ def rates(operator: str, case: str, wanted: float) -> tuple[Target, ...]:
         Target(f"{operator}: {direction}", wanted, False, "TB/s", terabytes(operator, case, direction))
         for direction in (FORWARD, BACKWARD)
     )
+
+
+def step_row(rows: Rows, case: str, group: str, provider: str) -> dict[str, Any]:
+    return rows.get((step.SUBJECT, case, group, provider), {})
+
+
+def mfu(case: str) -> Callable[[Rows], float | None]:
+    """Share of the measured matrix rate in percent, tokens given: of our step as it is or compiled, the faster."""
+
+    def value(rows: Rows) -> float | None:
+        ours = ((step.AS_THEY_ARE, step.OURS), (step.COMPILED, step.OURS_COMPILED))
+        return max((100 * row["mfu"] for key in ours if "mfu" in (row := step_row(rows, case, *key))), default=None)
+
+    return value
+
+
+def step_over_ours(group: str, *providers: str) -> Callable[[Rows], float | None]:
+    """How many times our time the fastest of these takes; ours is the faster of those in the same rounds."""
+
+    def value(rows: Rows) -> float | None:
+        found = {name: step_row(rows, step.BASE, group, name) for name in (*providers, step.OURS_COMPILED)}
+        ratios = {name: row["ratio"] for name, row in found.items() if row.get("over") == step.OURS}
+        ours = min(1.0, ratios.pop(step.OURS_COMPILED, 1.0))
+        return min(ratios.values()) / ours if ratios else None
+
+    return value
+
+
+def speed_with_tokenizer(rows: Rows) -> float | None:
+    """Share in percent of the speed with cached tokens that is left with the tokenizer in the loop."""
+    row = step_row(rows, step.BASE, step.VARIED, step.IN_THE_LOOP)
+    return 100 / row["ratio"] if row.get("over") == step.OURS else None
+
+
+def share_of_deepspeed(rows: Rows) -> float | None:
+    """Percent of a step at ZeRO stage 1 that the same step without DeepSpeed does not take."""
+    sharded, plain = (step_row(rows, step.BASE, step.VARIED, name) for name in (step.ZERO_1, step.NO_DEEPSPEED))
+    same = sharded.get("over") == plain.get("over") == step.OURS
+    return 100 * (1 - plain["ratio"] / sharded["ratio"]) if same else None
+
+
+def share_of_memory(rows: Rows) -> float | None:
+    """Our memory at the peak, weights and all, over that of the eager provider that takes least."""
+
+    def peak(provider: str) -> float | None:
+        row = step_row(rows, step.BASE, step.AS_THEY_ARE, provider)
+        return row["state_bytes"] + row["peak_bytes"] if {"state_bytes", "peak_bytes"} <= row.keys() else None
+
+    ours, peers = peak(step.OURS), [size for name in (step.TIMM, *step.TRANSFORMERS) if (size := peak(name))]
+    return ours / min(peers) if ours and peers else None
 
 
 LOSS, CODE = "token_loss", "nearest_code"
@@ -119,6 +170,25 @@ TARGETS = (
     Target(f"{LOSS}: extra memory", 200, True, "MB", extra_megabytes(LOSS, "base", BOTH)),
     Target(f"{CODE}: matmul + argmax over ours, D = 2048", 2, False, "x", over_ours(CODE, "dvae", FORWARD, *MATMULS)),
     Target(f"{CODE}: matmul + argmax over ours, D = 32", 2, False, "x", over_ours(CODE, "vqkd", FORWARD, *MATMULS)),
+    Target(f"{step.SUBJECT}: share of the matrix rate, base", 60, False, "%", mfu(step.BASE)),
+    Target(f"{step.SUBJECT}: share of the matrix rate, large", 65, False, "%", mfu(step.LARGE)),
+    Target(f"{step.SUBJECT}: timm over ours", 2, False, "x", step_over_ours(step.AS_THEY_ARE, step.TIMM)),
+    Target(
+        f"{step.SUBJECT}: transformers over ours", 2, False, "x", step_over_ours(step.AS_THEY_ARE, *step.TRANSFORMERS)
+    ),
+    Target(
+        f"{step.SUBJECT}: compiled timm over ours", 1.3, False, "x", step_over_ours(step.COMPILED, step.TIMM_COMPILED)
+    ),
+    Target(
+        f"{step.SUBJECT}: compiled transformers over ours",
+        1.3,
+        False,
+        "x",
+        step_over_ours(step.COMPILED, step.TRANSFORMERS_COMPILED),
+    ),
+    Target(f"{step.SUBJECT}: speed kept with the tokenizer in the loop", 70, False, "%", speed_with_tokenizer),
+    Target(f"{step.SUBJECT}: DeepSpeed's own share at ZeRO 1", 5, True, "%", share_of_deepspeed),
+    Target(f"{step.SUBJECT}: peak memory over that of eager", 0.5, True, "x", share_of_memory),
 )
 
 

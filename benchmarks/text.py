@@ -15,6 +15,7 @@ NUMBERS = {
     "pictures_per_s": ("pictures/s", lambda value: f"{value:.4g}"),
     "mfu": ("MFU", lambda value: f"{value:.1%}"),
     "peak_bytes": ("peak MB", lambda value: f"{value / 1e6:.1f}"),
+    "state_bytes": ("state MB", lambda value: f"{value / 1e6:.1f}"),
     "extra_bytes": ("extra MB", lambda value: f"{value / 1e6:.1f}"),
 }
 """Of a row, what has a column of its own where some row of the table has it; so has any other number that it has."""

@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from fused_beit.engine.config import DataSettings, MaskSettings, ModelSettings, OptimSettings, Settings, TrainSettings
 from fused_beit.engine.models.flops import pretraining_flops
 from fused_beit.engine.models.mim import MaskedImageModel
+from fused_beit.engine.tokenizer.dvae import DiscreteVAE
 
 from .rounds import Outputs, check
+from .tokenizer import TokenizerShape, build_tokenizer, random_views
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BF16 = torch.bfloat16
 NORMALIZE = "inception"  # (x / 255 - 0.5) / 0.5
 PICTURES_AT_ONCE = 16
 """That the references hold; in float64 they need much memory."""
@@ -35,6 +38,10 @@ class Shape:
     vocab_size: int
     batch: int
     num_masked: int
+    tokenizer: TokenizerShape | None = None
+    """Whose ids the visual tokens are, made once and kept; without it they are random numbers."""
+    tokens_in_bf16: bool = False
+    """Whether the tokenizer runs under bf16 autocast, as in a run in bf16; for a step in float64 they are the same."""
 
     @property
     def num_patches(self) -> int:
@@ -80,6 +87,8 @@ class Case:
     @cached_property
     def token_ids(self) -> Tensor:
         """int64 [B, P]"""
+        if self.shape.tokenizer is not None:
+            return cached_token_ids(self.shape)
         size = (self.shape.batch, self.shape.num_patches)
         return torch.randint(self.shape.vocab_size, size, generator=torch.Generator().manual_seed(3)).to(DEVICE)
 
@@ -93,8 +102,13 @@ class Case:
         """fp32 [B, 3, S, S], for the models that take pixels so"""
         return (self.pixels.float() / 255 - 0.5) / 0.5
 
+    def make_inputs(self) -> None:
+        """All that providers share, which is then there before the first of them and counts as memory of none."""
+        for made in (self.pixels, self.masked_positions, self.token_ids, self.targets, self.normalized):
+            assert made.device.type == DEVICE.type
+
     def autocast(self) -> torch.autocast:
-        return torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+        return torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.dtype == BF16)
 
     @property
     def run_settings(self) -> Settings:
@@ -107,6 +121,31 @@ class Case:
             optim=OPTIM,
             train=TrainSettings(global_batch=shape.batch, threads=torch.get_num_threads()),
         )
+
+
+@functools.lru_cache(maxsize=1)
+def frozen_tokenizer(shape: TokenizerShape) -> DiscreteVAE:
+    return build_tokenizer(shape, DEVICE)
+
+
+@functools.lru_cache(maxsize=1)
+def token_views(shape: Shape) -> Tensor:
+    """uint8 [B, 3, T, T]: what the tokenizer of a shape is given."""
+    assert shape.tokenizer is not None
+    return random_views(shape.tokenizer, shape.batch, DEVICE)
+
+
+def make_token_ids(shape: Shape) -> Tensor:
+    """int64 [B, P]: the tokenizer's pass, in the precision of the run, as `evaluation.tokens_of` has it."""
+    assert shape.tokenizer is not None
+    with torch.autocast(DEVICE.type, BF16, enabled=shape.tokens_in_bf16):
+        return frozen_tokenizer(shape.tokenizer).encode(token_views(shape))
+
+
+@functools.lru_cache(maxsize=1)
+def cached_token_ids(shape: Shape) -> Tensor:
+    """The same as a cache of tokens has them: made before."""
+    return make_token_ids(shape)
 
 
 @functools.lru_cache(maxsize=1)
@@ -129,7 +168,8 @@ def about(name: str, like: Tensor, settings: ModelSettings) -> float:
 
 
 def our_model(shape: Shape, impl: str) -> MaskedImageModel:
-    model = MaskedImageModel(shape.settings, shape.image_size, shape.vocab_size, normalize=NORMALIZE, impl=impl)
+    with DEVICE:  # where the numbers that the weights are filled with first are drawn much faster
+        model = MaskedImageModel(shape.settings, shape.image_size, shape.vocab_size, normalize=NORMALIZE, impl=impl)
     model.load_state_dict(state(shape.settings, shape.image_size, shape.vocab_size))
     return model.to(DEVICE).train()
 
@@ -182,20 +222,30 @@ class Step:
         loss = self.forward()
         self.backward(loss)
         found = {"logits": logits, "loss": loss.detach()}
-        found |= {f"gradient of {key}": gradient_of(key, weight).clone() for key, weight in self.watched.items()}
-        grads = [weight.grad for weight in self.model.parameters() if weight.grad is not None]
+        for key, weight in self.watched.items():
+            found[f"gradient of {key}"] = existing(key, self.gradient(weight)).clone()
+        grads = [grad for weight in self.model.parameters() if (grad := self.gradient(weight)) is not None]
         found["norm"] = torch.stack([grad.double().square().sum() for grad in grads]).sum().sqrt()
         self.update()
         for key, weight in self.watched.items():
             found[f"change of {key}"] = weight.detach() - before[key]
-            found[f"moment of {key}"] = self.optimizer.state[weight]["exp_avg"].clone()
+            found[f"moment of {key}"] = self.moment(weight).clone()
         return found
 
+    def gradient(self, weight: nn.Parameter) -> Tensor | None:
+        """Between backward and update."""
+        return weight.grad
 
-def gradient_of(key: str, weight: nn.Parameter) -> Tensor:
-    if weight.grad is None:
+    def moment(self, weight: nn.Parameter) -> Tensor:
+        """The first one of AdamW, after an update."""
+        moment: Tensor = self.optimizer.state[weight]["exp_avg"]
+        return moment
+
+
+def existing(key: str, gradient: Tensor | None) -> Tensor:
+    if gradient is None:
         raise AssertionError(f"{key} gets no gradient")
-    return weight.grad
+    return gradient
 
 
 class References:
@@ -236,7 +286,7 @@ def passes(model: MaskedImageModel, case: Case) -> dict[str, Tensor]:
             loss = share * model(pixels, masked, tokens).loss
         loss.backward()
         losses.append(loss.detach())
-    gradients = {f"gradient of {key}": gradient_of(key, weight).clone() for key, weight in parameters.items()}
+    gradients = {f"gradient of {key}": existing(key, weight.grad).clone() for key, weight in parameters.items()}
     return {"logits": torch.cat(logits), **gradients, "loss": torch.stack(losses).sum()}
 
 

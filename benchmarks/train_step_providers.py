@@ -95,7 +95,8 @@ def peer(
 
 def timm(case: Case, *, compiled: bool = False) -> Step:
     shape = case.shape
-    model = timm_beit.build_peer(shape.settings, shape.image_size, shape.vocab_size, case.state).to(DEVICE)
+    with DEVICE:
+        model = timm_beit.build_peer(shape.settings, shape.image_size, shape.vocab_size, case.state)
     pixels, masked, targets = case.normalized, case.masked_positions, case.targets
     return peer(
         case,
@@ -109,9 +110,10 @@ def timm(case: Case, *, compiled: bool = False) -> Step:
 
 def transformers(case: Case, attention: str = "sdpa", *, compiled: bool = False) -> Step:
     shape = case.shape
-    model = transformers_beit.build_peer(
-        shape.settings, shape.image_size, shape.vocab_size, case.state, attention=attention
-    ).to(DEVICE)
+    with DEVICE:
+        model = transformers_beit.build_peer(
+            shape.settings, shape.image_size, shape.vocab_size, case.state, attention=attention
+        )
     pixels = case.normalized
     mask = torch.zeros(shape.batch, shape.num_patches, dtype=torch.bool, device=DEVICE)
     mask.scatter_(1, case.masked_positions, True)
@@ -134,7 +136,6 @@ def first_run(step: Step, compiled: bool) -> Step:
     """
     if not compiled:
         return step
-    torch._dynamo.reset()
     try:
         step.backward(step.forward())
     except torch.OutOfMemoryError:

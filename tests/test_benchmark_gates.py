@@ -1,8 +1,6 @@
 """What the benchmarks of the engine check before they time: each gate lets the right thing pass and nothing else."""
 
 import contextlib
-import importlib
-import importlib.util
 import multiprocessing
 import os
 import subprocess
@@ -10,27 +8,14 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from benchmark_modules import benchmark
 
 from fused_beit.engine.config import ModelSettings
-
-
-def benchmark(name: str) -> ModuleType:
-    """A module of benchmarks/, which is no part of what is installed."""
-    folder = Path(__file__).resolve().parent.parent / "benchmarks"
-    if "benchmarks" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("benchmarks", folder / "__init__.py")
-        assert spec is not None and spec.loader is not None
-        sys.modules["benchmarks"] = package = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(package)
-    return importlib.import_module(f"benchmarks.{name}")
-
 
 rounds, spread, train_step = (benchmark(name) for name in ("rounds", "spread", "train_step"))
 SHAPE = train_step.Shape(

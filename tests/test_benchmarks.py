@@ -82,9 +82,9 @@ def test_a_step_is_compared_and_its_json_names_the_machine(root, tmp_path):
     assert machine["processor"]
 
 
-@pytest.mark.parametrize(("key", "factor"), [("loss", 1.01), ("gradient of positions", 1.01), ("logits", "nan")])
-def test_a_step_with_a_wrong_result_is_not_timed(root, tmp_path, key, factor):
-    plugin = SPOIL_STEP.format(provider="fused_beit", key=key, factor=f"float('{factor}')")
+def test_a_step_with_a_wrong_result_is_not_timed(root, tmp_path):
+    """Each of its results is spoilt in test_benchmarks_step.py; here is what pytest makes of it."""
+    plugin = SPOIL_STEP.format(provider="fused_beit", key="gradient of positions", factor=1.01)
     # Without transformers, which takes long to import.
     shown, timed = run_benchmarks(root, tmp_path, *STEP, plugin=plugin, absent="transformers")
     assert shown.returncode == 1

@@ -1,4 +1,4 @@
-"""`make bench-gpu`, rehearsed: it needs torch and triton alone, survives what fails, and publishes nothing of this."""
+"""`make bench-gpu`, rehearsed: operators need torch and triton alone, what fails is survived, nothing is published."""
 
 import json
 import os
@@ -27,11 +27,18 @@ def hang(journal):
 
 
 @pytest.fixture
-def run(root, tmp_path):
-    """Run Python with the kernels on its path by a link, as on a machine where nothing was installed."""
+def at_start() -> str:
+    """What each process runs first."""
+    return BARE
+
+
+@pytest.fixture
+def run(root, tmp_path, at_start):
+    """Run Python with the sources on its path by links, as on a machine where nothing was installed."""
     (tmp_path / "fused_beit").mkdir()
-    (tmp_path / "fused_beit" / "kernels").symlink_to(root / "kernels")
-    (tmp_path / "sitecustomize.py").write_text(BARE)
+    for part in ("kernels", "engine", "ds_configs"):
+        (tmp_path / "fused_beit" / part).symlink_to(root / part)
+    (tmp_path / "sitecustomize.py").write_text(at_start)
     (tmp_path / "hang.py").write_text(HANG)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
@@ -97,10 +104,20 @@ def test_a_rehearsal_survives_what_is_planted_and_times_the_rest(run, rehearse):
     assert "are not for publishing" in refused.stderr
 
 
-def test_an_operator_is_rehearsed_beside_its_bound(rehearse):
-    names = "triton,cross-entropy-fp32,products"
-    shown, documents, _ = rehearse("--operators", "token_loss", "--providers", names)
+def test_an_operator_is_rehearsed_beside_its_bound_and_without_the_engine_no_step(rehearse):
+    names = "triton,cross-entropy-fp32,products,fused_beit,transformers, sdpa"
+    choice = ("--operators", "token_loss,train_step", "--cases", "base,base-bf16,large-bf16")
+    shown, documents, _ = rehearse(*choice, "--providers", names)
     assert shown.returncode == 0, shown.stderr
+    steps = rows_of(documents["train_step"])
+    assert {group for group, _ in steps} == {"as they are", "compiled", "ours varied"}
+    assert {provider for _, provider in steps} == {"fused_beit", "transformers, sdpa"}
+    for row in steps.values():
+        assert row["absent"].startswith("the engine cannot be imported: ")
+    assert documents["train_step"]["failed"] == []
+    assert "without a time: fused_beit, transformers, sdpa: the engine cannot be imported: " in shown.stdout
+    assert shown.stdout.count("train_step base-bf16, as they are ...") == 1
+    assert "train_step large-bf16, as they are ..." not in shown.stdout  # one process has found out
     rows = rows_of(documents["token_loss"])
     assert {direction for direction, _ in rows} == {"forward", "forward and backward"}
     assert all(row["median"] > 0 for row in rows.values())
@@ -112,6 +129,9 @@ def test_a_whole_rehearsal_goes_well(rehearse):
     shown, documents, _ = rehearse()
     assert shown.returncode == 0, shown.stderr
     timed = set()
+    assert all(
+        "the engine cannot be imported" in row["absent"] for row in rows_of(documents.pop("train_step")).values()
+    )
     for document in documents.values():
         assert document["failed"] == []
         for benchmark in document["benchmarks"]:
@@ -124,13 +144,54 @@ def test_a_whole_rehearsal_goes_well(rehearse):
     assert {"triton-any-order", "triton-workspace-16", "sdpa-unaligned", "reference"} <= timed
 
 
+@pytest.mark.parametrize("at_start", [""], ids=["everything there"])
+def test_a_step_is_rehearsed_and_survives_what_is_planted(rehearse):
+    ours = "fused_beit, tokenizer in the loop,fused_beit, ZeRO 1"
+    choice = ("--operators", "train_step", "--cases", "base-bf16", "--providers", ours)
+    planted = ("planted-wrong", "planted-out-of-memory", "planted-crash")
+    shown, documents, _ = rehearse(*choice, "--plant", ",".join(planted))
+    assert shown.returncode == 1, shown.stderr
+    document = documents["train_step"]
+    assert document["finished"]
+    rows = rows_of(document)
+    wrong, no_memory, crashed = [rows["ours varied", name] for name in planted]
+    assert "gradient of head: error" in wrong["failed"]
+    assert no_memory["absent"].startswith("out of memory")
+    assert "signal 9" in crashed["failed"]
+    loop, sharded = [rows["ours varied", f"fused_beit, {name}"] for name in ("tokenizer in the loop", "ZeRO 1")]
+    for row in (loop, sharded):
+        assert row["median"] > 0
+        assert row["pictures_per_s"] == pytest.approx(2 / row["median"])
+        assert row["errors"]["moment of final norm"] < 1e-5
+    assert sharded["over"] == "fused_beit, tokenizer in the loop"
+    (benchmark,) = document["benchmarks"]
+    assert (benchmark["extra_info"]["operator"], benchmark["extra_info"]["name"]) == ("train_step", "base-bf16")
+    failures = [failure.split(":")[0] for failure in document["failed"]]
+    assert failures == [f"train_step base-bf16, ours varied, {name}" for name in ("planted-wrong", "planted-crash")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at_start", [""], ids=["everything there"])
+def test_a_whole_rehearsal_of_the_step_goes_well(rehearse):
+    shown, documents, _ = rehearse("--operators", "train_step")
+    assert shown.returncode == 0, shown.stderr
+    rows = rows_of(documents["train_step"])
+    assert len(documents["train_step"]["benchmarks"]) == 4
+    timed = {provider for (_, provider), row in rows.items() if "median" in row}
+    assert timed >= {"fused_beit", "fused_beit, compiled", "fused_beit, tokenizer in the loop", "fused_beit, ZeRO 1"}
+    assert timed >= {"transformers, sdpa", "transformers, eager", "transformers, compiled"}
+    assert re.search(r"train_step: share of the matrix rate, large +at least 65 % .* rehearsed", shown.stdout)
+
+
 def test_what_is_not_begun_in_time_is_left_out(rehearse):
     shown, documents, _ = rehearse("--minutes", "0")
     assert shown.returncode == 0, shown.stderr
     reasons = {row["absent"] for document in documents.values() for row in rows_of(document).values()}
     assert reasons == {"not reached in the time given"}
-    assert len(documents) == 5
+    assert len(documents) == 6
     assert "rehearsed" not in shown.stdout
+    assert re.search(r"the whole plan is given \d+ s on a GPU", shown.stdout)
+    assert re.search(r"train_step large-bf16, as they are +\d+ +0\n", shown.stdout)
 
 
 def test_a_process_that_hangs_is_given_up(run, tmp_path):
@@ -143,9 +204,10 @@ def test_a_process_that_hangs_is_given_up(run, tmp_path):
 
 def test_wrong_options_get_one_sentence(run):
     wrong = {
-        ("--rehearse", "--cases", "tiny"): "there is no case 'tiny'; there are: base, n577",
+        ("--rehearse", "--cases", "tiny"): "there is no case 'tiny'; there are: base; n577",
         ("--operators", "softmax"): "there is no operator 'softmax'; there are: rel_pos_attention",
-        ("--providers", "triton,spda"): "there is no provider 'spda'; there are: triton, triton-any-order",
+        ("--providers", "triton,spda"): "there is no provider 'spda'; there are: triton; triton-any-order",
+        ("--providers", "timm,transformers, spda"): "there is no provider 'transformers, spda'; there are: triton",
         ("--plant", "planted-wrong"): "--plant is for --rehearse",
         ("--rehearse",): "--rehearse needs --output FOLDER",
         ("--rehearse", "--output", "benchmarks/results"): "outside benchmarks/results",

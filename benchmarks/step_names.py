@@ -1,0 +1,36 @@
+"""What is timed of the training step on a GPU, by name: it imports nothing, for the step itself needs the engine.
+
+A group of providers is timed in one round, and all its models are on the device together; so are no others.
+"""
+
+SUBJECT = "train_step"
+OURS = "fused_beit"
+OURS_COMPILED = "fused_beit, compiled"
+TIMM, TIMM_COMPILED = "timm", "timm, compiled"
+TRANSFORMERS = ("transformers, sdpa", "transformers, eager")
+TRANSFORMERS_COMPILED = "transformers, compiled"
+IN_THE_LOOP = "fused_beit, tokenizer in the loop"
+ZERO_1 = "fused_beit, ZeRO 1"
+NO_DEEPSPEED = "fused_beit, no DeepSpeed"
+
+AS_THEY_ARE, COMPILED, VARIED = "as they are", "compiled", "ours varied"
+GROUPS: dict[str, tuple[str, ...]] = {
+    AS_THEY_ARE: (OURS, TIMM, *TRANSFORMERS),
+    COMPILED: (OURS, OURS_COMPILED, TIMM_COMPILED, TRANSFORMERS_COMPILED),
+    VARIED: (OURS, IN_THE_LOOP, ZERO_1, NO_DEEPSPEED),
+}
+"""The first one is what the others of a group are compared with."""
+
+# Case and group. On a GPU all of them are timed; the targets are about the first four, which a rehearsal does too.
+BASE, LARGE = "base-bf16", "large-bf16"
+ROUNDS = (
+    (BASE, AS_THEY_ARE),
+    (BASE, VARIED),
+    (LARGE, AS_THEY_ARE),
+    (BASE, COMPILED),
+    (LARGE, COMPILED),
+    ("small-bf16", AS_THEY_ARE),
+    ("tiny-bf16", AS_THEY_ARE),
+    ("base-fp32", AS_THEY_ARE),
+)
+REHEARSED = ROUNDS[:4]

@@ -1,0 +1,103 @@
+"""Our step with one thing changed: tokens made in the step, DeepSpeed at ZeRO stage 1, no DeepSpeed at all."""
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from fused_beit.engine.config import ZeroSettings
+from fused_beit.engine.training.zero import ZeroEngine
+
+from .engine_runtime import runtime
+from .step_names import IN_THE_LOOP, NO_DEEPSPEED, ZERO_1
+from .tokenizer import check_ids, scores_of
+from .train_step import (
+    BF16,
+    PICTURES_AT_ONCE,
+    Case,
+    Step,
+    frozen_tokenizer,
+    make_token_ids,
+    our_model,
+    token_views,
+    watched,
+)
+from .train_step_providers import fused_beit, peer
+
+
+class InTheLoop(Case):
+    """A case whose tokens are made anew whenever a step asks for them, as in a run without a cache of tokens."""
+
+    @property
+    def token_ids(self) -> Tensor:  # type: ignore[override]
+        return make_token_ids(self.shape)
+
+
+def tokenizer_in_the_loop(case: Case) -> Step:
+    """The engine's step after the tokenizer's pass over uint8 views, as the training loop calls both.
+
+    Raises:
+        AssertionError: where the tokenizer chooses a worse code than plain torch would.
+    """
+    assert case.shape.tokenizer is not None
+    tokenizer, few = frozen_tokenizer(case.shape.tokenizer), token_views(case.shape)[:PICTURES_AT_ONCE]
+    exact = scores_of(copy.deepcopy(tokenizer).double(), few)
+    with case.autocast():
+        eager = scores_of(tokenizer, few)
+    check_ids("the tokenizer", make_token_ids(case.shape)[:PICTURES_AT_ONCE], eager, exact)
+    step = fused_beit(InTheLoop(case.name, case.shape, case.dtype, case.note))
+    return replace(step, about=f"{step.about}; the tokenizer's pass before it")
+
+
+@dataclass(frozen=True)
+class ShardedStep(Step):
+    """A step at ZeRO stage 1, whose gradients and moments are parts of flat tensors of DeepSpeed's."""
+
+    optimizer: Any
+    """DeepSpeed's, around torch's."""
+
+    def gradient(self, weight: Any) -> Tensor | None:
+        gradient: Tensor | None = weight.get_full_hp_grad()
+        return gradient
+
+    def moment(self, weight: Any) -> Tensor:
+        # Not by DeepSpeed's own look-up: 0.19.8 links only the first parameter group to its optimizer's state.
+        part = weight._hp_mapping
+        flat = self.optimizer.single_partition_of_fp32_groups[part.param_group_index]
+        moments: Tensor = self.optimizer.optimizer.state[flat]["exp_avg"]
+        return moments.narrow(0, part.hp_fragment_address.start, part.hp_fragment_address.numel).view_as(weight)
+
+
+def zero_1(case: Case) -> Step:
+    """The engine's step as on many ranks, where stage 1 is the default, on the one that there is."""
+    settings = case.run_settings.model_copy(update={"zero": ZeroSettings(stage=1)})
+    model = our_model(case.shape, "auto")
+    engine = ZeroEngine(model, settings, runtime(), bf16=case.dtype == BF16)
+    return ShardedStep(
+        case,
+        model,
+        lambda: engine(case.pixels, case.masked_positions, case.token_ids)[0],
+        lambda: model.logits(case.pixels, case.masked_positions).flatten(0, 1),
+        engine.backward,
+        engine.step,
+        engine.optimizer,
+        watched(model),
+        "the engine's step: DeepSpeed at ZeRO stage 1, torch.optim.AdamW(fused=True)",
+    )
+
+
+def no_deepspeed(case: Case) -> Step:
+    """The same model and optimizer as at stage 1, in plain torch."""
+    return peer(
+        case,
+        our_model(case.shape, "auto"),
+        lambda called: called(case.pixels, case.masked_positions, case.token_ids)[0],
+        lambda model: model.logits(case.pixels, case.masked_positions).flatten(0, 1),
+        str,
+        compiled=False,
+        fused=True,
+    )
+
+
+VARIED = {IN_THE_LOOP: tokenizer_in_the_loop, ZERO_1: zero_1, NO_DEEPSPEED: no_deepspeed}
