@@ -22,7 +22,7 @@ for argv in json.loads(sys.argv[1]):
 zero.stop()
 """
 
-AGAIN = [(0, "block"), (1, "mlp"), (2, "block"), (3, "mlp"), (3, "block")]
+AGAIN = [(0, "block"), (1, "mlp"), (2, "block"), (3, "mlp")]
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +40,9 @@ def runs(tmp_path_factory):
     argvs.append(small_argv(root / "halves", tokenizer, zero__config=sharded, train__stop_at_step=5, **how))
     argvs.append(small_argv(root / "halves", tokenizer, zero__config=sharded, resume="auto", **how))
     for stage, recompute in AGAIN:
-        zero = {"zero__config": sharded} if stage == 3 else {"zero__stage": stage}
-        argvs.append(
-            small_argv(root / f"zero{stage}-{recompute}", tokenizer, train__recompute=recompute, **zero, **how)
-        )
+        changes = how | {"train__recompute": recompute, "train__stop_at_step": 4}
+        changes |= {"zero__config": sharded} if stage == 3 else {"zero__stage": stage}
+        argvs.append(small_argv(root / f"zero{stage}-{recompute}", tokenizer, **changes))
     on_two_ranks([sys.executable, "-c", RUNS, json.dumps(argvs)])
     return root
 
@@ -60,7 +59,9 @@ def test_two_ranks_train_as_one_with_the_same_global_batch(runs, stage):
 
 @pytest.mark.parametrize(("stage", "recompute"), AGAIN)
 def test_computing_activations_again_changes_no_bit_at_any_stage(runs, stage, recompute):
-    assert losses(runs / f"zero{stage}-{recompute}") == losses(runs / f"zero{stage}")
+    found = losses(runs / f"zero{stage}-{recompute}")
+    assert len(found) == 4
+    assert found == losses(runs / f"zero{stage}")[:4]
 
 
 def test_two_ranks_resume_bit_for_bit_at_stage_3(runs):

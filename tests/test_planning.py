@@ -14,13 +14,12 @@ from fused_beit.engine.command_line import parse_as
 from fused_beit.engine.config import ModelSettings
 from fused_beit.engine.errors import UserError
 from fused_beit.engine.models import MaskedImageModel, parameter_count, pretraining_flops
-from fused_beit.engine.models.flops import recomputed_flops
-from fused_beit.engine.planning.choice import choose, describe, divisors, room, shardings, way, ways
+from fused_beit.engine.planning.choice import choose, describe, divisors, room, way
 from fused_beit.engine.planning.plot import draw
 from fused_beit.engine.planning.settings import PlanSettings, check, resolve_gpu
 from fused_beit.engine.planning.step_time import encoding_operations, host_traffic, link, pass_operations, traffic
 from fused_beit.engine.planning.sweep import alone, counts, efficiency, sweep
-from fused_beit.engine.planning.text import assumptions, choice, run_steps
+from fused_beit.engine.planning.text import assumptions, run_steps
 from fused_beit.engine.tokenizer.dvae import DiscreteVAE
 from fused_beit.engine.tokenizer.files import load_tokenizer
 from fused_beit.engine.tokenizer.flops import DALLE, TokenizerSize, encoder_parameters, encoding_flops, size_of
@@ -107,27 +106,6 @@ def test_a_pass_has_the_operations_that_are_counted_in_one(bf16, scaled, depth, 
         loss.backward()
     # A tenth, for other versions of torch.
     assert pass_operations(settings, bf16=bf16, recompute=recompute) == pytest.approx(counter.count, rel=0.1)
-
-
-@pytest.mark.parametrize("stage", [0, 3])
-@pytest.mark.parametrize("recompute", ["none", "mlp", "block"])
-def test_what_is_computed_again_is_what_torch_counts_more(recompute, stage, monkeypatch):
-    from deepspeed.runtime.zero.linear import zero3_linear_wrap
-
-    settings = ModelSettings(width=16, depth=3, num_heads=2, patch_size=8)
-    if stage == 3:  # DeepSpeed's own linear, as it is there
-        monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
-    batch = (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.arange(4).repeat(2, 1), torch.zeros(2, 16).long())
-    counted = {}
-    for what in ("none", recompute):
-        model = MaskedImageModel(settings, 32, 16, normalize="inception", impl="reference")
-        model.encoder.recompute(what)
-        with FlopCounterMode(display=False) as counter:
-            model(*batch).loss.backward()
-        counted[what] = counter.get_total_flops()
-    more = recomputed_flops(settings, 32, recompute, zero_stage=stage)
-    assert counted[recompute] - counted["none"] == 2 * more
-    assert (more > 0) == (recompute != "none")
 
 
 @pytest.mark.parametrize("sizes", [(8, 8, 3, 1), (8, 8, 4, 2)], ids=str)
@@ -316,66 +294,6 @@ def test_a_choice_that_is_too_large_is_told_the_one_that_fits():
     said = error_of(*LARGE, "--gpu", "rtx4090", "--train.micro_batch", "512")
     fits = chosen(*LARGE, "--gpu", "rtx4090")
     assert f"{describe(fits)} fits it" in said
-
-
-# On 8 GPUs of 24 GB, of which one takes less than a picture of this size.
-TALL = [*LARGE, "--gpu", "rtx4090", "--gpus", "8", "--data.image_size", "1120", "--mask.num_patches", "1875"]
-
-
-def test_what_fits_without_computing_again_does_so():
-    assert {chosen(*preset, "--gpus", gpus).recompute for preset in (BASE, LARGE) for gpus in ("1", "8")} == {"none"}
-
-
-def test_activations_are_computed_again_where_nothing_else_fits():
-    one = chosen(*TALL)
-    settings = planned(*TALL)
-    assert one.recompute == "block" and one.fits(0.1)
-    for stage, offload in shardings(settings, 8):
-        how = {"gpus": 8, "stage": stage, "offload": offload, "micro_batch": 1}
-        least = way(settings, one.gpu, DALLE, recompute="none", **how)
-        assert not least.fits(0.1)
-    assert one.time.recomputed > 0
-    assert one.time.model_arithmetic - one.time.recomputed == pytest.approx(
-        way(
-            settings, one.gpu, DALLE,
-            gpus=8, stage=one.stage, offload=False, recompute="none", micro_batch=one.micro_batch,
-        ).time.model_arithmetic
-    )  # fmt: skip
-
-
-def test_activations_are_computed_again_where_larger_passes_make_it_faster():
-    """Operations that take long to start make few large passes faster than many small ones."""
-    argv = [*BASE, "--gpu", "rtx4090", "--zero.stage", "0", "--hardware.memory_gb", "4.2", "--dispatch_us", "3000"]
-    one = chosen(*argv)
-    kept = [a for a in ways(planned(*argv), one.gpu, DALLE, 1) if a.recompute == "none" and a.fits(0.1)]
-    assert kept and one.recompute != "none"
-    assert one.micro_batch > max(a.micro_batch for a in kept)
-    assert 1.1 * one.time.total < min(a.time.total for a in kept)
-
-
-def test_activations_are_computed_again_where_fewer_passes_send_less():
-    """Two GPUs a machine and a slow network between: what a pass sends is waited for."""
-    one = chosen(*LARGE, "--gpus", "8", "--gpu", "rtx4090")
-    assert (one.recompute, one.accumulation) == ("block", 1)
-    none = [a for a in ways(planned(*LARGE, "--gpus", "8"), one.gpu, DALLE, 8) if a.recompute == "none"]
-    assert 1.1 * one.time.total < min(a.time.total for a in none if a.fits(0.1))
-
-
-@pytest.mark.parametrize("recompute", ["mlp", "block"])
-def test_what_is_asked_to_be_computed_again_is_kept_and_said(recompute):
-    argv = [*BASE, "--train.recompute", recompute]
-    one, plain = chosen(*argv), chosen(*BASE)
-    assert one.recompute == recompute
-    assert one.micro_batch >= plain.micro_batch
-    assert f"(--train.recompute {recompute})" in choice(planned(*argv), one)["recomputed"]
-    assert f"and --train.recompute {recompute} with passes" in describe(one)
-    assert "recompute" not in describe(plain)
-
-
-def test_traffic_has_more_of_a_backward_pass_to_hide_behind_where_it_computes_again():
-    slow = (*BASE, "--gpus", "8", "--zero.stage", "1", "--train.micro_batch", "256", "--hardware.node_link_gb_s", "5")
-    plain, again = chosen(*slow), chosen(*slow, "--train.recompute", "block")
-    assert plain.time.waits - again.time.waits == pytest.approx(again.time.recomputed)
 
 
 def test_the_reserve_is_left_free():

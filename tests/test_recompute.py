@@ -121,8 +121,7 @@ def sharded(tmp_path_factory):
         (0, "fp32"),
         (0, "bf16"),
         (3, "fp32"),
-        (3, "bf16"),
-        *(pytest.param(2, p, marks=pytest.mark.slow) for p in ("fp32", "bf16")),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, "fp32"), (2, "bf16"), (3, "bf16"))),
     ],
 )
 def test_runs_end_with_the_same_losses_and_weights(tmp_path, tokenizer, sharded, stage, precision):
