@@ -7,6 +7,7 @@ decays.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -25,8 +26,8 @@ from .train_step import DEVICE, OPTIM, Case, Step, our_model, watched
 def fused_beit(case: Case, *, compiled: bool = False) -> Step:
     """Our model under DeepSpeed, from uint8 pixels to the new weights."""
     model = our_model(case.shape, "auto")
-    if compiled:
-        model.compile(dynamic=False)
+    if compiled:  # as --train.compile does
+        model.encoder.compile_blocks()
     engine = ZeroEngine(model, case.run_settings, runtime(), bf16=case.dtype == torch.bfloat16)
     optimizer = engine.optimizer
     assert isinstance(optimizer, GuardedAdamW), "one rank has stage 0, which has this optimizer"
@@ -35,12 +36,16 @@ def fused_beit(case: Case, *, compiled: bool = False) -> Step:
         loss, _ = engine(case.pixels, case.masked_positions, case.token_ids)
         return loss
 
+    def logits() -> Tensor:
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            return model.logits(case.pixels, case.masked_positions).flatten(0, 1)
+
     return first_run(
         Step(
             case,
             model,
             forward,
-            lambda: model.logits(case.pixels, case.masked_positions).flatten(0, 1),
+            logits,
             engine.backward,
             engine.step,
             optimizer,
