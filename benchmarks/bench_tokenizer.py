@@ -38,14 +38,7 @@ class Tokens:
 
 
 def fused_beit(tokenizer: DiscreteVAE, views: Tensor) -> Tokens:
-    return Tokens(tokenizer.encode, views, "as the engine calls it: features, then nearest_code")
-
-
-def channels_last(tokenizer: DiscreteVAE, views: Tensor) -> Tokens:
-    """The same with weights and pixels in the memory format that convolutions of GPUs and of oneDNN prefer."""
-    other = copy.deepcopy(tokenizer).to(memory_format=torch.channels_last)
-    as_they_come = views.to(memory_format=torch.channels_last)
-    return Tokens(other.encode, as_they_come, "the same, weights and pixels in channels_last")
+    return Tokens(tokenizer.encode, views, "as the engine calls it: features with channels last, then nearest_code")
 
 
 def plain_torch(tokenizer: DiscreteVAE, views: Tensor) -> Tokens:
@@ -58,7 +51,7 @@ def plain_torch(tokenizer: DiscreteVAE, views: Tensor) -> Tokens:
     return Tokens(encode, views, "all scores [B, V, G, G], then argmax")
 
 
-PROVIDERS = {"fused_beit": fused_beit, "fused_beit, channels last": channels_last, "plain torch": plain_torch}
+PROVIDERS = {"fused_beit": fused_beit, "plain torch": plain_torch}
 
 
 def test_tokenizer(drive, keep, num_rounds, limits, sizes):

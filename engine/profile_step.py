@@ -20,6 +20,11 @@ def main(argv: Sequence[str]) -> None:
     settings = parse(argv, description=__doc__ or "")
     if settings.resume != "none":
         raise UserError(f"--resume {settings.resume} has no effect on a profile, which trains nothing; leave it out.")
+    if settings.train.compile:
+        raise UserError(
+            "--train.compile joins the parts of a block, which a profile takes apart; leave it out, and see what it "
+            "wins by the pictures/s of two runs."
+        )
     if option(argv, "output_dir") is None:
         settings = settings.model_copy(update={"output_dir": Path(f"{settings.output_dir}_profile")})
     show(settings)

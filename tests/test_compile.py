@@ -1,5 +1,7 @@
 """Runs with `--train.compile`: the same losses, each kind of block compiled once, and a sentence where it cannot be."""
 
+import runpy
+
 import pytest
 import torch
 from small_run import losses, make_tokenizer, small_settings
@@ -18,6 +20,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2, 3))])
 def test_losses_stay_each_kind_of_block_is_compiled_once_and_evaluation_compiles_nothing(tmp_path, tokenizer, stage):
+    """Kinds are a block before another one, and the last."""
     how = {"zero__stage": stage, "model__depth": 3, "data__val_max": 13, "train__eval_every": 2}
     pretrain(small_settings(tmp_path / "eager", tokenizer, **how))
     torch.compiler.reset()
@@ -26,11 +29,32 @@ def test_losses_stay_each_kind_of_block_is_compiled_once_and_evaluation_compiles
     pretrain(small_settings(tmp_path / "compiled", tokenizer, train__compile=True, **how))
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=2e-5)
     if stage < 3:  # there DeepSpeed's hooks divide a block
-        assert counters["stats"]["unique_graphs"] == 2  # a block before another one, and the last
+        assert counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("recompute", ["mlp", "block"])
+@pytest.mark.parametrize("stage", [0, 3])
+def test_losses_stay_where_compiled_blocks_are_computed_again(tmp_path, tokenizer, stage, recompute, precision):
+    torch.compiler.reset()
+    how = {"zero__stage": stage, "model__depth": 3, "train__precision": precision}
+    pretrain(small_settings(tmp_path / "eager", tokenizer, **how))
+    pretrain(small_settings(tmp_path / "compiled", tokenizer, train__compile=True, train__recompute=recompute, **how))
+    close = 2e-5 if precision == "fp32" else 2e-3
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=close)
+
+
+def test_a_profile_takes_no_compiled_block_apart(root, tmp_path):
+    main = runpy.run_path(str(root / "engine" / "profile_step.py"))["main"]
+    with pytest.raises(UserError, match=r"--train\.compile joins the parts of a block.* leave it out"):
+        main(["--train.compile", "--output_dir", str(tmp_path / "profile")])
+    assert not (tmp_path / "profile").exists()
 
 
 def test_a_machine_without_a_compiler_is_told_before_training(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("CC", "no-such-compiler")  # what a GPU needs
     with pytest.raises(UserError, match=r"train\.compile needs a compiler, and there is no no-such-compiler here"):
         pretrain(small_settings(tmp_path / "run", tokenizer, train__compile=True))
     assert not (tmp_path / "run").exists()

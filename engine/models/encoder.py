@@ -48,7 +48,7 @@ def impl_besides_attention(impl: str) -> str:
     return "auto" if impl in ATTENTION_ONLY else impl
 
 
-def call(module: nn.Module, *inputs: Any) -> Any:
+def call_or_checkpoint(module: nn.Module, *inputs: Any) -> Any:
     """A module's output; where `module.recomputed` is set, the backward pass finds its inputs alone and calls it again.
 
     Random states are not kept for that: nothing in a block draws from them, and dropped paths come with the inputs.
@@ -204,7 +204,7 @@ class Block(nn.Module):
         """
         keep_attn, keep_mlp = (None, None) if keep_2B is None else keep_2B.unbind(0)
         x_BND, h_BND = self.norm2(x_BND, self.attn(h_BND, bias), self.gamma_1, keep_attn)
-        y_BND = call(self.mlp, h_BND)
+        y_BND = call_or_checkpoint(self.mlp, h_BND)
         if next_norm is None:
             return residual_add(x_BND, y_BND, self.gamma_2, keep_mlp, impl=self.impl), None
         return next_norm(x_BND, y_BND, self.gamma_2, keep_mlp)
@@ -305,7 +305,7 @@ class Encoder(nn.Module):
         for layer, block in enumerate(self.blocks):
             keep_2B = None if keep is None else keep[layer]
             next_norm = norms[layer + 1] if layer + 1 < len(norms) else None
-            x_BND, h_BND = call(block, x_BND, h_BND, bias, keep_2B, next_norm)
+            x_BND, h_BND = call_or_checkpoint(block, x_BND, h_BND, bias, keep_2B, next_norm)
         return x_BND
 
     def compile_blocks(self) -> None:

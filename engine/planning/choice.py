@@ -108,7 +108,7 @@ def shardings(settings: PlanSettings, gpus: int) -> list[tuple[int, bool]]:
 
 
 def recomputations(settings: PlanSettings) -> list[Recompute]:
-    """What to try, from the least that is computed again: what is asked for, or all where that is the default."""
+    """What to try, from the least that is computed again: what is asked for, or all: the default counts as open."""
     return ["none", "mlp", "block"] if settings.train.recompute == "none" else [settings.train.recompute]
 
 

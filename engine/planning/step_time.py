@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..config import ModelSettings, Recompute
 from ..hardware import Gpu
 from ..models.flops import parameter_count, pretraining_flops, recomputed_flops
-from ..tokenizer.flops import TokenizerSize, encoding_flops
+from ..tokenizer.flops import TokenizerSize, encoding_flops, num_convolutions
 from ..training.memory import FP32
 from .settings import PlanSettings
 
@@ -124,9 +124,10 @@ def pass_operations(model: ModelSettings, *, bf16: bool, recompute: Recompute = 
     return model.depth * (47 + 16 * scaled + 26 * bf16 + again) + 100 + 56 * scaled + 16 * bf16
 
 
-def encoding_operations(tokenizer: TokenizerSize) -> int:
-    """The same for a batch's tokens."""
-    return 11 + tokenizer.groups * (12 + 10 * (tokenizer.blocks_per_group - 1))
+def encoding_operations(tokenizer: TokenizerSize, *, bf16: bool) -> int:
+    """The same for a batch's tokens. Autocast casts the weight and the bias of each convolution in every pass."""
+    casts = 2 + 2 * num_convolutions(tokenizer) if bf16 else 0
+    return 11 + tokenizer.groups * (12 + 10 * (tokenizer.blocks_per_group - 1)) + casts
 
 
 def step_time(
@@ -164,7 +165,7 @@ def step_time(
     inner, codes = encoding_flops(tokenizer, settings.grid * tokenizer.stride)
     inner_rate, codes_rate = (gpu.bf16_tflops,) * 2 if bf16 else (gpu.tf32_tflops, gpu.fp32_tflops)
     tokenizer_pass = micro_batch * (inner / inner_rate + codes / codes_rate) / (1e12 * settings.mfu)
-    tokenizer_pass = max(tokenizer_pass, 1e-6 * settings.dispatch_us * encoding_operations(tokenizer))
+    tokenizer_pass = max(tokenizer_pass, 1e-6 * settings.dispatch_us * encoding_operations(tokenizer, bf16=bf16))
 
     updated = parameters / (1 if stage == 0 else world_size)
     optimizer = 28 * updated / (1e9 * gpu.bandwidth_gb_s)

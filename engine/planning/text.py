@@ -88,7 +88,7 @@ def assumptions(settings: PlanSettings, gpu: Gpu) -> dict[str, str]:
     if uses_bf16(settings):
         peak, codes = gpu.bf16_tflops, f"{gpu.bf16_tflops:g} TFLOP/s"
     else:
-        peak, codes = gpu.fp32_tflops, f"{gpu.tf32_tflops:g} TFLOP/s, its codes of {gpu.fp32_tflops:g}"
+        peak, codes = gpu.fp32_tflops, f"{gpu.tf32_tflops:g} TFLOP/s, its codes of {gpu.fp32_tflops:g} TFLOP/s"
     return {
         "arithmetic": f"{settings.mfu:.0%} of {peak:g} TFLOP/s (--mfu)",
         "tokenizer": f"{settings.mfu:.0%} of {codes}",

@@ -45,9 +45,11 @@ def evaluating(engine: ZeroEngine) -> Iterator[None]:
     """
     eager = torch.compiler.set_stance("force_eager") if engine.compiled else nullcontext()
     engine.module.eval()
-    with torch.no_grad(), engine.autocast(), eager:
-        yield
-    engine.module.train()
+    try:
+        with torch.no_grad(), engine.autocast(), eager:
+            yield
+    finally:
+        engine.module.train()
 
 
 def evaluate(engine: ZeroEngine, tokenizer: DiscreteVAE, batches: Iterable[Batch]) -> Evaluation:

@@ -290,9 +290,9 @@ def computed_again(settings: Settings, run: Pass, stage: int) -> float:
 
 
 def working_tensors(settings: Settings, run: Pass, stage: int) -> float:
-    """Bytes that the start of the backward pass needs beside what was saved: the largest of five.
+    """Bytes that the start of the backward pass needs beside what was saved: the most at any of these moments.
 
-    Before it there is `end_of_the_forward_pass`.
+    The first is `end_of_the_forward_pass`.
 
     The loss makes the gradient of the log-probabilities and from it that of the logits: 8 M V for a picture. Then the
     head makes the gradient of its weight, 4 D V (under autocast first in bf16, in place of the weight's copy).

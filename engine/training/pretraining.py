@@ -408,8 +408,9 @@ def resolve_implementations(impl: str) -> dict[str, Resolved]:
 
 def refuse_without_compiler() -> None:
     """Raise `UserError` where torch.compile would find no compiler for what it writes: C for a GPU, C++ for a CPU."""
-    variable, names = ("CC", ["gcc", "clang"]) if torch.cuda.is_available() else ("CXX", ["g++", "clang++"])
-    wanted = [os.environ[variable]] if variable in os.environ else names
+    variable, names = ("CC", ["gcc", "clang"]) if torch.cuda.is_available() else ("CXX", ["g++"])
+    given = os.environ.get(variable)
+    wanted = [given] if given else names
     if not any(map(shutil.which, wanted)):
         raise UserError(
             f"train.compile needs a compiler, and there is no {' or '.join(wanted)} here; install one, name it in "
