@@ -87,11 +87,15 @@ def every_round(others: Callable[[], None], first: Callable[[], None], rounds: i
 
 
 def time_once(runs: Mapping[str, Run], timer: Timer) -> tuple[dict[str, float], dict[str, str]]:
-    """Seconds of one run of each after one that is not timed, and why those have none that run out of memory."""
+    """Seconds of one run of each, and why those have none that run out of memory.
+
+    After one that is not timed, but where the clock times what may take seconds, as a step on a CPU does.
+    """
     seconds, absent = {}, {}
     for name, run in runs.items():
         try:
-            run_once(run)
+            if timer is not wall_seconds:
+                run_once(run)
             seconds[name] = timer(run)
         except torch.OutOfMemoryError as error:
             absent[name] = no_memory(error)
@@ -126,7 +130,7 @@ def time_in_turn(
     Args:
         case: what is timed, with its sizes.
         runs: provider -> its work, once; each was checked before. At least one.
-        rounds: how often each is timed, after two runs that are not.
+        rounds: how often each is timed, after one or two runs that do not count.
         timer: seconds of one run.
         drive: calls its first argument, which times all providers but the first, and its second, which times that one,
             `rounds` times.
