@@ -14,6 +14,8 @@ from .errors import UserError
 
 Recompute = Literal["none", "mlp", "block"]
 """What the backward pass computes again in place of keeping it, from nothing to the most."""
+Prefetch = Literal["none", "pictures", "tokens"]
+"""What of the next batch a GPU gets while a step runs, from nothing to the most."""
 
 
 class Section(BaseModel):
@@ -151,8 +153,8 @@ class TrainSettings(Section):
 
     SPEED_ONLY: ClassVar[frozenset[str]] = frozenset(
         {
-            "micro_batch", "recompute", "stop_at_step", "impl", "compile", "threads", "log_every", "eval_every",
-            "save_every", "keep_checkpoints",
+            "micro_batch", "recompute", "prefetch", "stop_at_step", "impl", "compile", "threads", "log_every",
+            "eval_every", "save_every", "keep_checkpoints",
         }
     )  # fmt: skip
 
@@ -173,6 +175,9 @@ class TrainSettings(Section):
     recompute: Recompute = "none"
     """Activations that are not kept for the backward pass but computed again in it, for less memory and more time:
     `mlp`: those within the MLP of each block; `block`: all of a block but its inputs."""
+    prefetch: Prefetch = "pictures"
+    """What a GPU gets of the next batch while a step runs: `pictures`: they are copied; `tokens`: their tokens are made
+    too, for which it takes more memory. On a CPU nothing runs beside a step, and all three are the same."""
     stop_at_step: int | None = Field(None, ge=1)
     """Save and end the session at this step, the schedule unchanged; `--resume auto` goes on from there."""
     impl: Literal["auto", "reference", "sdpa", "xformers", "flex", "triton"] = "auto"

@@ -243,11 +243,11 @@ def test_no_step_between_two_log_lines_waits_for_the_device(run, watch, workers,
 
 @pytest.mark.parametrize("where", ["tokenizer", "add"])
 def test_a_wait_planted_in_the_step_is_noticed(run, watch, monkeypatch, where):
-    from fused_beit.engine.training import loop
+    from fused_beit.engine.training import loop, prefetch
 
     if where == "tokenizer":
-        tokens_of = loop.tokens_of
-        monkeypatch.setattr(loop, "tokens_of", lambda *args: tokens_of(*args)[torch.ones(4, dtype=torch.bool)])
+        tokens_of = prefetch.tokens_of
+        monkeypatch.setattr(prefetch, "tokens_of", lambda *args: tokens_of(*args)[torch.ones(4, dtype=torch.bool)])
     else:
         add = loop.Interval.add
         monkeypatch.setattr(loop.Interval, "add", lambda self, b, loss, acc: add(self, b, loss * loss.item(), acc))

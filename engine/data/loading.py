@@ -64,10 +64,14 @@ class Batch(NamedTuple):
     """Pictures that could not be read, whose places others took."""
     making: Making
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self[:4]
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The batch with its tensors on a device."""
         patch_view, token_view, masked_positions, sample_ids = (
-            tensor.to(device, non_blocking=non_blocking) for tensor in self[:4]
+            tensor.to(device, non_blocking=non_blocking) for tensor in self.tensors
         )
         return Batch(patch_view, token_view, masked_positions, sample_ids, self.bad, self.making)
 

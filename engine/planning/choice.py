@@ -9,7 +9,7 @@ from ..hardware import GPUS, Gpu
 from ..tokenizer.flops import TokenizerSize
 from ..training.deepspeed_json import batch_plan, resolve_json, resolve_stage
 from ..training.header import human_bytes
-from ..training.memory import Pass, RankMemory, keeps_scores, offloads, rank_memory
+from ..training.memory import Pass, RankMemory, keeps_scores, offloads, prefetched, rank_memory
 from .settings import PlanSettings
 from .step_time import StepTime, step_time
 
@@ -89,6 +89,7 @@ def way(
         keeps_scores=keeps_scores(settings.train.impl, "cuda"),
         tokenizer=tokenizer,
         token_side=settings.grid * tokenizer.stride,
+        prefetch=prefetched(settings.train.prefetch, "cuda"),
     )
     time = step_time(
         asked, gpu, tokenizer, bf16=bf16, stage=stage, offload=on_host, world_size=gpus,

@@ -17,7 +17,7 @@ from .sweep import BOUND, Row, alone, binds, efficiency
 
 PARTS = (
     "weights", "gathered weights", "gradients", "optimizer state", "buckets", "tokenizer", "batch",
-    "bf16 copies of weights", "activations", "working tensors",
+    "tokens of the next batch", "bf16 copies of weights", "activations", "working tensors",
 )  # fmt: skip
 """Parts of a GPU's memory in the order in which they are shown."""
 

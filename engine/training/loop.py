@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
@@ -14,11 +14,11 @@ from ..config import Settings
 from ..cpu import RunQueue
 from ..data.loading import BadPictureLog, Batch
 from ..errors import RankError, UserError
-from ..tokenizer.dvae import DiscreteVAE
-from .evaluation import Evaluation, tokens_of
+from .evaluation import Evaluation
 from .metrics import MetricsLog, Progress
 from .optim import Schedule
 from .pace import Pace
+from .prefetch import Feed
 from .timeline import Phase, by_phase, timeline
 from .zero import ZeroEngine, reduce_sum
 
@@ -62,8 +62,7 @@ class Loop:
     """
 
     engine: ZeroEngine
-    tokenizer: DiscreteVAE
-    batches: Generator[Batch]
+    feed: Feed
     schedule: Schedule
     settings: Settings
     log: MetricsLog | None
@@ -109,20 +108,16 @@ class Loop:
         engine, seed, enter = self.engine, self.settings.train.seed, interval.timeline.enter
         self.schedule.apply(engine.param_groups, step)
         for _ in range(engine.accumulation):
-            enter(Phase.DATA)
             try:
-                batch = next(self.batches)
+                batch, token_ids = self.feed.take(enter)
                 self.bad_pictures.add(batch)
             except UserError as error:
                 raise RankError(str(error)) from None
-            enter(Phase.TRANSFER)
-            batch = batch.to(engine.runtime.device, non_blocking=True)
-            enter(Phase.TOKENIZER)
-            token_ids = tokens_of(engine, self.tokenizer, batch)
             enter(Phase.FORWARD)
             loss, accuracy = engine(batch.patch_view, batch.masked_positions, token_ids, batch.sample_ids, seed)
             enter(Phase.BACKWARD)
             engine.backward(loss)
+            self.feed.begin_next(enter)
             enter(Phase.OPTIMIZER)
             engine.step()
             enter(Phase.REST)
@@ -174,7 +169,7 @@ class Loop:
         self.progress.close()
         if self.log is not None:
             self.log.close()
-        self.batches.close()
+        self.feed.close()
 
     def report_evaluation(self, done: int, evaluation: Evaluation) -> None:
         """Say and keep held-out figures."""

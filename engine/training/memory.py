@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..config import Settings
+from ..config import Prefetch, Settings
 from ..models.encoder import hidden_width
 from ..models.flops import parameter_count
 from ..tokenizer.flops import TokenizerSize, encoder_parameters, encoding_memory
@@ -39,6 +39,8 @@ class Pass:
     tokenizer: TokenizerSize
     token_side: int
     """Side of the token view in pixels."""
+    prefetch: Prefetch = "none"
+    """What of the next batch comes while it runs, as `prefetched` gives it."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ class RankMemory:
 def keeps_scores(impl: str, device_type: str) -> bool:
     """Whether attention by `train.impl` keeps the scores on a device: "cpu" or "cuda"."""
     return impl == "reference" or (device_type == "cpu" and impl in ("auto", "sdpa"))
+
+
+def prefetched(prefetch: Prefetch, device_type: str) -> Prefetch:
+    """What `train.prefetch` brings to a device, "cpu" or "cuda", while a step runs: to a CPU nothing."""
+    return prefetch if device_type == "cuda" else "none"
 
 
 @dataclass(frozen=True)
@@ -91,17 +98,19 @@ def rank_memory(settings: Settings, run: Pass, config: Mapping[str, Any], *, wor
     activations of a block go and gradients of a block come, so that no moment between them has more than both. Where
     activations are computed again there is a fourth, the backward pass comes to the first block, for that block is made
     again beside all gradients.
+
+    Tokens that are made while a step runs need their working tensors at any moment, for memory that was allocated in
+    one stream is not given to another.
     """
     stage = int(config["zero_optimization"]["stage"])
     state = state_memory(settings, run.vocab_size, config, world_size=world_size)
     held = {**state.held, "tokenizer": FP32 * encoder_parameters(run.tokenizer), "batch": batch_memory(settings, run)}
     grads = held.get("gradients", 0.0)
+    encoding = encoding_memory(run.tokenizer, run.token_side, run.micro_batch, bf16=run.bf16)
+    if run.prefetch == "tokens":
+        held["tokens of the next batch"], encoding = encoding, 0.0
     moments: dict[str, dict[str, float]] = {
-        "tokens are made": {
-            **held,
-            "gradients": grads + state.summed,
-            "working tensors": encoding_memory(run.tokenizer, run.token_side, run.micro_batch, bf16=run.bf16),
-        },
+        "tokens are made": {**held, "gradients": grads + state.summed, "working tensors": encoding},
         "the backward pass starts": {
             **held,
             "gradients": grads + state.summed + state.early,
@@ -396,6 +405,8 @@ def bf16_weights(settings: Settings, run: Pass, stage: int) -> float:
 
 
 def batch_memory(settings: Settings, run: Pass) -> float:
-    """Bytes of the pictures as they come, two views of uint8, with their masks and tokens."""
+    """Bytes of the pictures as they come, two views of uint8, with their masks and tokens; of the next batch too, where
+    it comes while a step runs."""
     views = 3 * settings.data.image_size**2 + 3 * run.token_side**2
-    return float(run.micro_batch * (views + 8 * (settings.mask.num_patches + settings.num_patches + 1)))
+    batches = 1 if run.prefetch == "none" else 2
+    return float(batches * run.micro_batch * (views + 8 * (settings.mask.num_patches + settings.num_patches + 1)))

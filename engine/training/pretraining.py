@@ -32,9 +32,10 @@ from .deepspeed_json import resolve_stage
 from .evaluation import Evaluation, evaluate, fill_pictures
 from .header import RECOMPUTED, header, human_bytes
 from .loop import Loop, StopRequest
-from .memory import Pass, keeps_scores, rank_memory
+from .memory import Pass, keeps_scores, prefetched, rank_memory
 from .metrics import MetricsLog, Progress, duration, read_metrics
 from .optim import Schedule
+from .prefetch import feed
 from .report import PictureRow, Report, write_report
 from .run_folder import RunFolder, comparable, find_resume, refuse_other_inputs, run_facts
 from .tokenizer_stage import prepare_tokenizer
@@ -175,8 +176,7 @@ class Run:
         )
         self.loop = Loop(
             engine=self.engine,
-            tokenizer=self.tokenizer,
-            batches=loader,
+            feed=feed(loader, self.engine, self.tokenizer, train.prefetch),
             schedule=Schedule(settings.optim, self.total_steps, self.steps_per_epoch),
             settings=settings,
             log=MetricsLog(folder.path, self.start_step) if self.first and not rehearsal else None,
@@ -338,6 +338,7 @@ class Run:
                 keeps_scores=keeps_scores(settings.train.impl, runtime.device.type),
                 tokenizer=self.tokenizer.encoder_size,
                 token_side=settings.grid * self.tokenizer.stride,
+                prefetch=prefetched(settings.train.prefetch, runtime.device.type),
             ),
             zero.deepspeed_config(settings, runtime.world_size, bf16=self.bf16),
             world_size=runtime.world_size,

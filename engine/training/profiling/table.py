@@ -47,14 +47,15 @@ class Row:
 
 def rows(profile: Profile) -> list[Row]:
     """The step in parts; their seconds add up to the step's."""
-    seconds = dict(profile.seconds)
+    seconds, known = dict(profile.seconds), dict(profile.flops)
+    if profile.tokens_ahead:
+        known.pop(Phase.TOKENIZER)
     result = [
-        Row(name, None, None, seconds.pop((phase, Part.OTHER), 0.0), profile.flops.get(phase))
-        for phase, name in ALONE.items()
+        Row(name, None, None, seconds.pop((phase, Part.OTHER), 0.0), known.get(phase)) for phase, name in ALONE.items()
     ]
     for part, name in OF_MODEL.items():
         forward, backward = (seconds.pop((phase, part), 0.0) for phase in (Phase.FORWARD, Phase.BACKWARD))
-        result.append(Row(name, forward, backward, forward + backward, profile.flops.get(part)))
+        result.append(Row(name, forward, backward, forward + backward, known.get(part)))
     result.append(Row("optimizer", None, None, seconds.pop((Phase.OPTIMIZER, Part.OTHER), 0.0)))
     exchanged = [seconds.pop(key) for key in list(seconds) if key[1] == Part.COMMUNICATION]
     result.append(Row("communication", None, None, sum(exchanged)))
@@ -86,6 +87,8 @@ def notes(profile: Profile) -> list[str]:
         f"profiler's own {milliseconds(marking_seconds(profile))} ms are left out",
         f"a large product of matrices, in turn with the steps, reached {product:.1f} {unit(profile)}",
     ]
+    if profile.tokens_ahead:
+        result.append("tokens are made beside the step before (train.prefetch); shown is what a step waited for them")
     if profile.on_cpu:
         result.append(f"the process had {processors(profile.pace, profile.circumstances)}")
         if is_crowded(profile.pace, profile.circumstances):
