@@ -13,7 +13,7 @@ from fused_beit.engine.config import Settings
 from fused_beit.engine.cpu import has_bf16
 from fused_beit.engine.models import MaskedImageModel
 from fused_beit.engine.tokenizer.dvae import DiscreteVAE
-from fused_beit.engine.tokenizer.flops import TokenizerSize, encoding_memory
+from fused_beit.engine.tokenizer.flops import DALLE, TokenizerSize, encoding_memory
 from fused_beit.engine.training import memory
 
 # name: pictures, side, masked patches, vocabulary, model
@@ -133,6 +133,34 @@ def test_a_pass_needs_what_was_saved_and_the_working_tensors(shape, bf16, recomp
     # A twentieth: single tensors of [B, N, D] within an operator's backward are not modelled, and weigh most in models
     # as small as these.
     assert expected == pytest.approx(peak_bytes(one.step), rel=0.05)
+
+
+def rank_of(prefetch, device_type="cuda"):
+    """A rank that trains BEiT-base, 64 pictures a pass, with DALL-E's tokenizer."""
+    settings = Settings.model_validate({"train": {"global_batch": 64}, "zero": {"stage": 0}})
+    ahead = memory.prefetched(prefetch, device_type)
+    run = memory.Pass(64, True, 8192, False, DALLE, 112, ahead)
+    config = {"zero_optimization": {"stage": 0}, "gradient_accumulation_steps": 1}
+    return memory.rank_memory(settings, run, config, world_size=1)
+
+
+def test_a_batch_that_comes_ahead_is_there_beside_the_one_of_the_step():
+    views, numbers = 3 * (224**2 + 112**2), 75 + 196 + 1
+    plain, pictures = rank_of("none"), rank_of("pictures")
+    assert plain.parts["batch"] == 64 * (views + 8 * numbers)
+    assert pictures.parts == {**plain.parts, "batch": 2 * plain.parts["batch"]}
+
+
+def test_tokens_that_are_made_ahead_need_their_memory_beside_the_backward_pass():
+    pictures, tokens = rank_of("pictures"), rank_of("tokens")
+    assert pictures.moment == tokens.moment == "the backward pass starts"
+    ahead = {"tokens of the next batch": encoding_memory(DALLE, 112, 64, bf16=True)}
+    assert tokens.parts == pictures.parts | ahead
+
+
+@pytest.mark.parametrize("prefetch", ["pictures", "tokens"])
+def test_a_cpu_holds_nothing_of_the_next_batch(prefetch):
+    assert rank_of(prefetch, "cpu") == rank_of("none", "cpu")
 
 
 imitated = pytest.mark.skipif(not has_bf16(), reason="this processor imitates bf16, in buffers that no other needs")

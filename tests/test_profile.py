@@ -1,5 +1,6 @@
 """A step taken apart: each part gets its own time, the parts are all of it, and training pays nothing for it."""
 
+import dataclasses
 import importlib
 import json
 import re
@@ -19,6 +20,7 @@ from fused_beit.engine.data.pictures import Pictures
 from fused_beit.engine.errors import UserError
 from fused_beit.engine.models import encoder, mim
 from fused_beit.engine.training import pretraining, profiling, zero
+from fused_beit.engine.training.bottleneck import Circumstances
 from fused_beit.engine.training.loop import Interval
 from fused_beit.engine.training.pretraining import open_run, pretrain
 from fused_beit.engine.training.profiling import measure
@@ -205,6 +207,21 @@ def test_the_parts_are_the_whole_step_and_flops_stand_where_they_are_known(opene
         assert name in table
     names = {event["name"] for event in json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]}
     assert {"data", "tokenizer", "forward: attention", "backward: mlp", "optimizer"} <= names
+
+
+def test_tokens_made_beside_a_step_have_no_rate():
+    """On a GPU; what the step waits for them is not the time that they take."""
+    circumstances = Circumstances(1, 1, None, bf16_untried=False, trains_tokenizer=False)
+    stretch = measure.Stretch(1, {(Phase.TOKENIZER, Part.OTHER): 0.5, (Phase.FORWARD, Part.MLP): 0.5})
+    one = measure.Profile(
+        stretch, stretch, {"tokenizer": 1e9, "mlp": 1e9}, 1e9, 0.0,
+        on_cpu=False, tokens_ahead=False, circumstances=circumstances, facts={},
+    )  # fmt: skip
+    ahead = dataclasses.replace(one, tokens_ahead=True)
+    assert {row.name: row.flops_per_s for row in rows(one) if row.flops} == {"tokenizer": 2e9, "MLP": 2e9}
+    assert {row.name: row.flops_per_s for row in rows(ahead) if row.flops} == {"MLP": 2e9}
+    assert "shown is what a step waited for them" in profiling.table(ahead)
+    assert "shown is what a step waited for them" not in profiling.table(one)
 
 
 @pytest.mark.parametrize(
