@@ -8,10 +8,10 @@ All run in one process, with the same threads; on a CPU all of them have freed m
 C library, which cannot keep it for one alone. Normalised pixels are given to the peers, ours normalises in the step.
 
 On a GPU the models of a round are there together, so that large ones are timed in groups, ours in each: as they are,
-compiled, and ours with the tokenizer in the loop, at ZeRO stage 1 and without DeepSpeed. On a CPU a step of BEiT-base
-takes seconds and its compilation long, so the compiled models are timed on one of its twelve blocks, beside the same
-block not compiled: only times of one case compare. A processor without products of bf16 imitates them, many times
-slower than fp32; there the bf16 case is a small one.
+compiled, and ours with the tokenizer in the loop, with it beside the step, at ZeRO stage 1 and without DeepSpeed. On a
+CPU a step of BEiT-base takes seconds and its compilation long, so the compiled models are timed on one of its twelve
+blocks, beside the same block not compiled: only times of one case compare. A processor without products of bf16
+imitates them, many times slower than fp32; there the bf16 case is a small one.
 """
 
 import pytest

@@ -1,16 +1,21 @@
-"""Our step with one thing changed: tokens made in the step, DeepSpeed at ZeRO stage 1, no DeepSpeed at all."""
+"""Our step with one thing changed: tokens made in the step or beside it, DeepSpeed at ZeRO stage 1, no DeepSpeed."""
 
 import copy
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fused_beit.engine.config import ZeroSettings
+from fused_beit.engine.data.loading import Batch, Making
+from fused_beit.engine.training.prefetch import feed
+from fused_beit.engine.training.timeline import Timeline
 from fused_beit.engine.training.zero import ZeroEngine
 
 from .engine_runtime import runtime
-from .step_names import IN_THE_LOOP, NO_DEEPSPEED, ZERO_1
+from .step_names import BESIDE, IN_THE_LOOP, NO_DEEPSPEED, ZERO_1
 from .tokenizer import check_ids, scores_of
 from .train_step import (
     BF16,
@@ -40,14 +45,63 @@ def tokenizer_in_the_loop(case: Case) -> Step:
     Raises:
         AssertionError: where the tokenizer chooses a worse code than plain torch would.
     """
+    check_tokens(case)
+    step = fused_beit(InTheLoop(case.name, case.shape, case.dtype, case.note))
+    return replace(step, about=f"{step.about}; the tokenizer's pass before it")
+
+
+def check_tokens(case: Case) -> None:
+    """Hold the tokenizer's codes to those of plain torch."""
     assert case.shape.tokenizer is not None
     tokenizer, few = frozen_tokenizer(case.shape.tokenizer), token_views(case.shape)[:PICTURES_AT_ONCE]
     exact = scores_of(copy.deepcopy(tokenizer).double(), few)
     with case.autocast():
         eager = scores_of(tokenizer, few)
     check_ids("the tokenizer", make_token_ids(case.shape)[:PICTURES_AT_ONCE], eager, exact)
-    step = fused_beit(InTheLoop(case.name, case.shape, case.dtype, case.note))
-    return replace(step, about=f"{step.about}; the tokenizer's pass before it")
+
+
+def tokenizer_beside(case: Case) -> Step:
+    """The engine's step as it is with `train.prefetch` tokens: on a GPU the next tokens are made while it runs.
+
+    The pictures are on the device already, so that only where the tokenizer runs differs from `tokenizer_in_the_loop`.
+
+    Raises:
+        AssertionError: where the tokenizer chooses a worse code than plain torch would.
+    """
+    check_tokens(case)
+    assert case.shape.tokenizer is not None
+    model = our_model(case.shape, "auto")
+    engine = ZeroEngine(model, case.run_settings, runtime(), bf16=case.dtype == BF16)
+    ahead = feed(same_batch(case), engine, frozen_tokenizer(case.shape.tokenizer), "tokens")
+    enter = Timeline().enter
+
+    def forward() -> Tensor:
+        batch, token_ids = ahead.take(enter)
+        loss: Tensor = engine(batch.patch_view, batch.masked_positions, token_ids)[0]
+        return loss
+
+    def backward(loss: Tensor) -> None:
+        engine.backward(loss)
+        ahead.begin_next(enter)
+
+    return Step(
+        case,
+        model,
+        forward,
+        lambda: model.logits(case.pixels, case.masked_positions).flatten(0, 1),
+        backward,
+        engine.step,
+        engine.optimizer,
+        watched(model),
+        "the engine's own step: DeepSpeed at ZeRO stage 0, GuardedAdamW; the next tokens made beside it",
+    )
+
+
+def same_batch(case: Case) -> Generator[Batch]:
+    """The case's pictures again and again."""
+    ids = torch.arange(case.shape.batch, device=case.pixels.device)
+    while True:
+        yield Batch(case.pixels, token_views(case.shape), case.masked_positions, ids, [], Making(0, 0.0, 0.0))
 
 
 @dataclass(frozen=True)
@@ -100,4 +154,4 @@ def no_deepspeed(case: Case) -> Step:
     )
 
 
-VARIED = {IN_THE_LOOP: tokenizer_in_the_loop, ZERO_1: zero_1, NO_DEEPSPEED: no_deepspeed}
+VARIED = {IN_THE_LOOP: tokenizer_in_the_loop, BESIDE: tokenizer_beside, ZERO_1: zero_1, NO_DEEPSPEED: no_deepspeed}

@@ -179,6 +179,7 @@ def test_a_whole_rehearsal_of_the_step_goes_well(rehearse):
     assert len(documents["train_step"]["benchmarks"]) == 4
     timed = {provider for (_, provider), row in rows.items() if "median" in row}
     assert timed >= {"fused_beit", "fused_beit, compiled", "fused_beit, tokenizer in the loop", "fused_beit, ZeRO 1"}
+    assert "fused_beit, tokenizer beside it" in timed
     assert timed >= {"transformers, sdpa", "transformers, eager", "transformers, compiled"}
     assert re.search(r"train_step: share of the matrix rate, large +at least 65 % .* rehearsed", shown.stdout)
 

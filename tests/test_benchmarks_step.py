@@ -7,6 +7,8 @@ import pytest
 import torch
 from benchmark_modules import benchmark
 
+from fused_beit.engine.training import prefetch, zero
+
 names, cases, timing, variations, train_step, providers, parts, targets = (
     benchmark(name)
     for name in (
@@ -113,8 +115,9 @@ def test_without_memory_for_the_references_nobody_is_tried(case, monkeypatch):
     assert found.absent == {"ours": "out of memory, already for its references: float64 needs much"}
 
 
-def test_a_tokenizer_in_the_loop_makes_tokens_in_every_step(case, references, monkeypatch):
-    step = variations.tokenizer_in_the_loop(case)
+@pytest.mark.parametrize("varied", [variations.tokenizer_in_the_loop, variations.tokenizer_beside])
+def test_a_tokenizer_in_the_loop_or_beside_it_makes_tokens_in_every_step(case, references, monkeypatch, varied):
+    step = varied(case)
     references.check("in the loop", step.outputs())
     calls = []
     tokenizer = train_step.frozen_tokenizer(case.shape.tokenizer)
@@ -124,6 +127,21 @@ def test_a_tokenizer_in_the_loop_makes_tokens_in_every_step(case, references, mo
         step()
     assert calls == [(2, 3, 16, 16)] * 3
     assert case.token_ids.tolist() == encode(train_step.token_views(case.shape)).tolist()
+
+
+def test_tokens_beside_a_step_are_begun_between_backward_and_optimizer(case, monkeypatch):
+    order = []
+
+    class Noted(prefetch.Feed):
+        def begin_next(self, enter):
+            order.append("tokens")
+
+    monkeypatch.setattr(variations, "feed", lambda *of: order.append(of[-1]) or Noted(*of[:3]))
+    for name in ("backward", "step"):
+        call = getattr(zero.ZeroEngine, name)
+        monkeypatch.setattr(zero.ZeroEngine, name, lambda *of, name=name, call=call: order.append(name) or call(*of))
+    variations.tokenizer_beside(case)()
+    assert order == ["tokens", "backward", "tokens", "step"]
 
 
 def test_tokens_are_made_in_the_precision_of_the_run_and_are_the_same_for_its_float64_reference(monkeypatch):
@@ -140,12 +158,13 @@ def test_tokens_are_made_in_the_precision_of_the_run_and_are_the_same_for_its_fl
     assert not cases.tokenized(cases.SMOKE["fp32"], cases.SMOKE_TOKENIZER).shape.tokens_in_bf16
 
 
-def test_a_tokenizer_with_worse_codes_is_refused(case, monkeypatch):
+@pytest.mark.parametrize("varied", [variations.tokenizer_in_the_loop, variations.tokenizer_beside])
+def test_a_tokenizer_with_worse_codes_is_refused(case, monkeypatch, varied):
     tokenizer = train_step.frozen_tokenizer(case.shape.tokenizer)
     right = tokenizer.encode
     monkeypatch.setattr(tokenizer, "encode", lambda views: (right(views) + 1) % 64)
     with pytest.raises(AssertionError, match="worse than the best"):
-        variations.tokenizer_in_the_loop(case)
+        varied(case)
 
 
 @pytest.mark.parametrize("spoil", ["lr", "weight_decay", "clipping"])
