@@ -257,7 +257,8 @@ def test_a_wait_planted_in_the_step_is_noticed(run, watch, monkeypatch, where):
 
 
 @pytest.mark.gpu
-def test_no_step_between_two_log_lines_waits_for_the_gpu(run, monkeypatch):
+@pytest.mark.parametrize("prefetch", ["none", "pictures", "tokens"])
+def test_no_step_between_two_log_lines_waits_for_the_gpu(run, monkeypatch, prefetch):
     """The driver's own word, where there is one."""
     step = Loop.train_step
 
@@ -269,4 +270,4 @@ def test_no_step_between_two_log_lines_waits_for_the_gpu(run, monkeypatch):
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(Loop, "train_step", watched_step)
-    run(data__workers=1)
+    run(data__workers=1, train__prefetch=prefetch)

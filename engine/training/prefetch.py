@@ -1,9 +1,10 @@
 """Batches on their way to where the model is: when the step asks for them, or on a GPU while the step before runs.
 
 Ahead, a batch is copied in a stream of its own, and on request gets its tokens there. The host waits for neither: the
-stream that computes does, before it reads. Memory is kept as long as both streams need it. Pinned pictures: torch notes
-their copy in the stream that makes it and gives them to no other batch before it is done. What is on the device was
-allocated in the stream of its own, so that `record_stream` must say who else reads it.
+stream that computes does, before it reads. Memory is kept as long as it is read. Of pinned pictures, which come from
+data workers, torch notes their copy in the stream that makes it and gives them to no other batch before it is done;
+for pictures that are not pinned the host waits, but for their own stream alone. What is on the device was allocated in
+that stream, so that `record_stream` must say who else reads it.
 """
 
 from collections.abc import Callable, Generator
