@@ -111,7 +111,10 @@ def test_every_setting_changes_either_the_result_or_the_speed():
         (["--train.max_steps", "ten"], ["--train.max_steps ten cannot be read", "a whole number or None"]),
         (["--zero.stage", "4"], ["--zero.stage 4 cannot be read", "one of 0, 1, 2, 3 or None"]),
         (["--train.impl", "fast"], ["--train.impl fast cannot be read", "one of auto, reference"]),
-        (["--zero.offload", "yes"], ["--zero.offload yes cannot be read", "no value"]),
+        (["--zero.offload", "yes"], ["--zero.offload yes cannot be read", "no value", "--zero.no_offload off"]),
+        (["--train.compile=true"], ["--train.compile true cannot be read", "--train.compile alone turns it on"]),
+        (["--train.no_compile", "1"], ["--train.no_compile 1", "--train.compile alone", "--train.no_compile off"]),
+        (["--overwrite", "false"], ["--overwrite false cannot be read", "--overwrite alone", "--no_overwrite off"]),
         (["birds"], ["'birds' belongs to no option", "--help"]),
         (["-x", "1"], ["'-x' belongs to no option", "--help"]),
     ],
@@ -145,6 +148,15 @@ def test_a_misspelt_key_of_a_file_is_named_with_the_likely_one(tmp_path, text, g
     file = tmp_path / "mine.toml"
     file.write_text(text)
     assert f"no setting {given!r}; did you mean {meant!r}" in error_of("--config", str(file))
+
+
+@pytest.mark.parametrize("given", ['"please"', "2", "[true]"])
+def test_what_a_file_gives_for_true_or_false_is_named_with_how_to_write_them(tmp_path, given):
+    file = tmp_path / "mine.toml"
+    file.write_text(f"[train]\ncompile = {given}\n")
+    message = error_of("--config", str(file))
+    assert "train.compile = " in message
+    assert "true or false, without quotes" in message
 
 
 def test_a_file_that_is_not_toml_is_named(tmp_path):
