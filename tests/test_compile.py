@@ -18,6 +18,7 @@ def tokenizer(tmp_path_factory):
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.safetensors")
 
 
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
 @pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2, 3))])
 def test_losses_stay_each_kind_of_block_is_compiled_once_and_evaluation_compiles_nothing(tmp_path, tokenizer, stage):
     """Kinds are a block before another one, and the last."""
