@@ -1,7 +1,6 @@
 """A whole pre-training: builds the pieces from the settings, runs the loop, leaves checkpoint and report."""
 
 import os
-import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ import torch
 
 from fused_beit.kernels import ImplUnavailable, Resolved, resolve
 
-from ..command_line import options_of
+from ..command_line import resume_command
 from ..config import BEIT_MASK_SHARE, Settings, result_settings, speed_settings
 from ..cpu import has_bf16
 from ..data.loading import BadPictureLog, Batch, train_loader, val_batches
@@ -259,8 +258,9 @@ class Run:
             print(f"{len(bad)} pictures could not be decoded and were replaced; see {folder.bad_pictures}")
         newest = folder.checkpoints / checkpoint.tag_of(done)
         if stopped:
-            print(f"stopped at step {done} as asked and saved {newest}; go on with --resume auto")
+            print(f"stopped at step {done} as asked and saved {newest}")
             print(self.bottleneck())
+            print(f"go on with\n  {self.resume_command(done)}")
             return
         link_model(newest / "model.safetensors", folder.model)
         write_report(folder.report, self.report(done, evaluation, rows, bad))
@@ -268,7 +268,11 @@ class Run:
         print(self.bottleneck())
         print(f"  report      {folder.report}\n  weights     {folder.model}\n  checkpoint  {newest}")
         if done < self.total_steps:
-            print(f"step {done} of {self.total_steps} was asked for; go on with --resume auto")
+            print(f"step {done} of {self.total_steps} was asked for; go on with\n  {self.resume_command(done)}")
+
+    def resume_command(self, done: int) -> str:
+        runtime = self.runtime
+        return resume_command(self.settings, done, ranks=runtime.world_size, local_ranks=runtime.local_world_size)
 
     def bottleneck(self) -> str:
         """What bound this session's speed, and what to change."""
@@ -323,7 +327,7 @@ class Run:
                 **({"codes in use, held out": evaluation.codes_used} if evaluation else {}),
             },
             checkpoint=str(folder.model),
-            next_command=f"python engine/pretrain.py {shlex.join(options_of(settings))} --resume auto",
+            next_command=self.resume_command(done),
             next_purpose="Goes on from the last checkpoint, if the run was stopped before its end.",
         )
 
