@@ -28,6 +28,7 @@ from ..tokenizer.files import identity, load_tokenizer
 from . import checkpoint, zero
 from .bottleneck import Circumstances, bottleneck
 from .deepspeed_json import resolve_stage
+from .doubts import long_warm_up, other_tokens, slow_precision
 from .evaluation import Evaluation, evaluate, fill_pictures
 from .header import RECOMPUTED, header, human_bytes
 from .loop import Loop, StopRequest
@@ -77,10 +78,10 @@ def open_run(settings: Settings, *, rehearsal: bool = False) -> Iterator["Run"]:
     if settings.train.compile:
         refuse_without_compiler()
     pictures = open_pictures(settings.data, settings.train.seed)
-    run_length(settings, len(pictures.train))
+    steps_per_epoch, total_steps = run_length(settings, len(pictures.train))
     runtime = zero.start(settings)
-    first = runtime.rank == 0
-    zero.deepspeed_config(settings, runtime.world_size, bf16=resolve_bf16(settings, runtime.device))
+    first, bf16 = runtime.rank == 0, resolve_bf16(settings, runtime.device)
+    zero.deepspeed_config(settings, runtime.world_size, bf16=bf16)
     if not rehearsal or settings.tokenizer.path is not None:
         check_tokenizer(settings, len(pictures.train))
     resume_from, manifest, problems = zero.on_first_rank(partial(find_resume, settings))
@@ -88,8 +89,11 @@ def open_run(settings: Settings, *, rehearsal: bool = False) -> Iterator["Run"]:
         stage = resolve_stage(settings, runtime.world_size)
         zero.refuse_other_shape(manifest, folder=resume_from, world_size=runtime.world_size, stage=stage)
     zero.on_first_rank(partial(folder.claim, clear=settings.overwrite and not rehearsal))
+    problems += slow_precision(runtime.device, bf16=bf16)
+    if not rehearsal:
+        problems += [*long_warm_up(settings, total_steps, steps_per_epoch), *other_tokens(settings)]
     with folder:
-        for problem in [*problems, *slow_precision(settings, runtime.device)] if first else []:
+        for problem in problems if first else []:
             print(f"warning: {problem}", flush=True)
         run = Run(settings, folder, pictures, runtime, implementations, resume_from, manifest, rehearsal=rehearsal)
         try:
@@ -438,13 +442,6 @@ def resolve_bf16(settings: Settings, device: torch.device) -> bool:
     if settings.train.precision == "auto":
         return device.type == "cuda"
     return settings.train.precision == "bf16"
-
-
-def slow_precision(settings: Settings, device: torch.device) -> list[str]:
-    """A warning when the precision asked for is one that the processor has to imitate."""
-    if device.type != "cpu" or not resolve_bf16(settings, device) or has_bf16():
-        return []
-    return ["train.precision = bf16 is many times slower than fp32 on this processor, which has no bf16; use fp32."]
 
 
 def run_length(settings: Settings, num_pictures: int) -> tuple[int, int]:
