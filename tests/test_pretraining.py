@@ -209,6 +209,13 @@ def test_the_command_at_the_end_of_a_session_is_the_reports_and_finishes_the_run
     assert len(losses(folder)) == 6
 
 
+@pytest.mark.parametrize(("log_every", "short"), [(6, True), (5, False)])
+def test_what_bounds_a_run_is_not_told_from_its_first_log_line(run, capsys, log_every, short):
+    folder = run(train__log_every=log_every)
+    assert ("Too short to tell what bounds it" in capsys.readouterr().out) == short
+    assert ("Too short to tell what bounds it" in (folder / "report.html").read_text()) == short
+
+
 def test_evaluation_on_the_way_changes_no_loss(run):
     evaluated = run("evaluated", train__eval_every=2)
     assert losses(evaluated) == losses(run("plain"))

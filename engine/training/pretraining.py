@@ -26,7 +26,7 @@ from ..models.flops import pretraining_flops
 from ..models.mim import MaskedImageModel
 from ..tokenizer.files import identity, load_tokenizer
 from . import checkpoint, zero
-from .bottleneck import Circumstances, bottleneck
+from .bottleneck import TOO_SHORT, Circumstances, bottleneck
 from .deepspeed_json import resolve_stage
 from .doubts import long_warm_up, other_tokens, slow_precision
 from .evaluation import Evaluation, evaluate, fill_pictures
@@ -280,6 +280,8 @@ class Run:
 
     def bottleneck(self) -> str:
         """What bound this session's speed, and what to change."""
+        if len(self.loop.paces) == 1:
+            return TOO_SHORT
         return bottleneck(self.loop.pace(), self.circumstances())
 
     def circumstances(self) -> Circumstances:
