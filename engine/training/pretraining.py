@@ -30,7 +30,7 @@ from .bottleneck import TOO_SHORT, Circumstances, bottleneck
 from .deepspeed_json import resolve_stage
 from .doubts import long_warm_up, other_tokens, slow_precision
 from .evaluation import Evaluation, evaluate, fill_pictures
-from .header import RECOMPUTED, header, human_bytes
+from .header import RECOMPUTED, header, human_bytes, when_compiled
 from .loop import Loop, StopRequest
 from .memory import Pass, keeps_scores, rank_memory
 from .metrics import MetricsLog, Progress, duration, read_metrics
@@ -362,7 +362,8 @@ class Run:
             f"({settings.mask.num_patches / settings.num_patches:.0%}; BEiT: {BEIT_MASK_SHARE:.0%})",
             "parameters": f"{self.num_parameters:,}",
             "FLOPs a picture": f"{self.flops:.3g}, forward and backward, without the tokenizer",
-            "memory a rank": f"about {human_bytes(memory.total)} of tensors at most, by estimate: when {memory.moment}",
+            "memory a rank": f"about {human_bytes(memory.total)} of tensors at most, by estimate: when {memory.moment}"
+            f"{when_compiled(settings)}",
             "precision": "fp32 weights, bf16 autocast" if self.bf16 else "fp32",
             "ranks": f"{runtime.world_size}, each {runtime.threads} CPU threads, "
             f"{engine.micro_batch} pictures x {engine.accumulation} passes a step; ZeRO stage {engine.stage}",
