@@ -265,6 +265,7 @@ def test_kept_results_are_pytest_benchmarks_own_and_name_no_machine(root, tmp_pa
     assert info["means"] != "measured"
     assert not {"node", "release"} & info.keys()
     assert str(root) not in path.read_text()
+    assert " at 0x" not in path.read_text()
     backward = document["benchmarks"][-1]
     assert backward["extra_info"]["direction"] == "backward"
     # Of the backward alone, as its row: not of the forward before it, which is not timed.
