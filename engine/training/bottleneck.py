@@ -16,7 +16,7 @@ TRANSFER, COMMUNICATION, REST = "the way to the device", "communication between 
 
 TOO_SHORT = (
     "Too short to tell what bounds it: all steps were within the first log line, where everything is done for the "
-    "first time; train more steps, or set --train.log_every to fewer."
+    "first time; train more steps, or lower train.log_every."
 )
 """In place of the sentence where no step is past the start-up."""
 
