@@ -11,14 +11,15 @@ On a GPU the models of a round are there together, so that large ones are timed 
 compiled, and ours with the tokenizer in the loop, with it beside the step, at ZeRO stage 1 and without DeepSpeed. On a
 CPU a step of BEiT-base takes seconds and its compilation long, so the compiled models are timed on one of its twelve
 blocks, beside the same block not compiled: only times of one case compare. A processor without products of bf16
-imitates them, many times slower than fp32; there the bf16 case is a small one.
+imitates them, many times slower than fp32; there the bf16 case is a small one, or with `--imitated-bf16` BEiT-base,
+which takes half an hour.
 """
 
 import pytest
 
 from .rounds import Row
 from .train_step import DEVICE
-from .train_step_cases import PROVIDERS, Round, rounds
+from .train_step_cases import BASE, PROVIDERS, Round, rounds
 from .train_step_timing import check_steps, time_steps
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the peers and the compiler, which are not ours to mend
@@ -29,14 +30,15 @@ def identity(one: Round) -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    metafunc.parametrize("one", rounds(metafunc.config.getoption("--sizes")), ids=identity)
+    option = metafunc.config.getoption
+    metafunc.parametrize("one", rounds(option("--sizes"), imitated=option("--imitated-bf16")), ids=identity)
 
 
 def test_train_step(drive, keep, limits, num_rounds, benchmark, one):
     found = check_steps(one.case, {name: PROVIDERS[name] for name in one.providers})
     assert not found.failed, "; ".join(f"{name}: {why}" for name, why in found.failed.items())
     assert "fused_beit" in found.steps, f"our own step cannot run: {found.absent['fused_beit']}"
-    wanted = num_rounds(3 if one.name == "base-fp32" and DEVICE.type == "cpu" else 5)
+    wanted = num_rounds(3 if one.case.shape.settings == BASE and DEVICE.type == "cpu" else 5)
     rows = time_steps(found, label=one.label, rounds=wanted, limits=limits, drive=drive)
     benchmark.extra_info |= one.about()
     keep([*rows, *(Row(one.label, name, absent=why) for name, why in one.left_out.items())])

@@ -37,6 +37,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--cases", help="of the operators, only these cases, as cpu,cpu-n577")
     parser.addoption("--providers", help="of the operators, only these providers, as triton,sdpa")
     parser.addoption(
+        "--imitated-bf16",
+        action="store_true",
+        help="time the training step of BEiT-base in bf16 also on a processor that imitates it, minutes a step",
+    )
+    parser.addoption(
         "--keep-results",
         nargs="?",
         const=str(results.RESULTS),

@@ -235,15 +235,28 @@ def about_run(info: Mapping[str, Any]) -> str:
     return f"{about}; {text.load(info)}"
 
 
+def about_mfu(benchmarks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line where a step computes more than the machine is said to, for a reader who knows that it cannot."""
+    rows = [row for benchmark in benchmarks for row in benchmark["extra_info"]["providers"].values()]
+    if all(row.get("mfu", 0) <= 1 for row in rows):
+        return []
+    return [
+        "An MFU above 100% says that the machine was faster at that moment than when the run began, where its matrix "
+        "rate was measured: others may have had a share of it then.",
+        "",
+    ]
+
+
 def readme_part(machines: Sequence[Machine], pictures: Mapping[str, Sequence[str]]) -> str:
     lines: list[str] = []
     for machine in machines:
         for run in machine.runs():
-            tables = [operator_table(run)]
-            tables += [step_table(benchmarks) for name, benchmarks in run.others() if name.startswith("train_step")]
+            steps = [benchmarks for name, benchmarks in run.others() if name.startswith("train_step")]
+            tables = [operator_table(run), *map(step_table, steps)]
             if any(tables):
                 lines += [f"{about_run(run.info)}:", ""]
                 lines += [line for table in tables if table for line in [*text.markdown(table), ""]]
+                lines += about_mfu([benchmark for benchmarks in steps for benchmark in benchmarks])
         shown = [name for name in pictures[machine.folder.name] if name.startswith(("roofline", "train_step"))]
         lines += [f"![{Path(name).stem}]({FOLDER}/{machine.folder.name}/{name})" for name in shown] + [""]
     return "\n".join(lines).strip("\n")

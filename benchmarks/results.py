@@ -95,7 +95,8 @@ def write_subjects(whole: Document, folder: Path, failed: Mapping[str, Sequence[
     """A file for each subject of a document, with what failed of it."""
     subjects: dict[str, list[dict[str, Any]]] = {}
     for benchmark in whole["benchmarks"]:
-        subjects.setdefault(subject_of(benchmark), []).append(benchmark)
+        # Of what pytest gave a benchmark it writes how Python shows it, addresses and all; `param` names it.
+        subjects.setdefault(subject_of(benchmark), []).append({**benchmark, "params": None})
     paths = []
     for subject, benchmarks in subjects.items():
         paths.append(folder / f"{subject}.json")

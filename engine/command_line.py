@@ -10,6 +10,7 @@ import functools
 import io
 import itertools
 import os
+import shlex
 import sys
 import tomllib
 import typing
@@ -122,10 +123,10 @@ def option(argv: Sequence[str], name: str) -> str | None:
 def refuse_unknown(argv: Sequence[str], kind: type[Settings] = Settings) -> None:
     """Raise `UserError` for an option that is no setting, naming the nearest one."""
     names = field_names(kind)
-    negated = [".no_".join(name.rsplit(".", 1)) for name in names if "." in name] + [f"no_{name}" for name in names]
+    opposites = [opposite(name) for name in names]
     for word in argv:
         name = word.partition("=")[0].removeprefix("--").replace("-", "_")
-        if word.startswith("--") and name not in ("help", *names, *negated):
+        if word.startswith("--") and name not in ("help", *names, *opposites):
             sections_left_out = [known for known in names if known.rpartition(".")[2] == name]
             close = sections_left_out or difflib.get_close_matches(name, names, n=1, cutoff=0.6)
             hint = f"did you mean --{' or --'.join(close)}?" if close else "--help lists the options."
@@ -149,9 +150,7 @@ def refuse_unreadable(argv: Sequence[str], default: Settings) -> NoReturn:
             read_options([f"--{name}", *values], default)
         except SystemExit:
             given = f"--{name} {' '.join(values)}".strip()
-            raise UserError(
-                f"{given} cannot be read: --{name} takes {allowed(annotation_of(name, type(default)))}."
-            ) from None
+            raise UserError(f"{given} cannot be read: --{name} takes {takes(name, type(default))}.") from None
     raise UserError("the options cannot be read together; --help lists them.")
 
 
@@ -181,6 +180,21 @@ def annotation_of(name: str, kind: type[Settings]) -> Any:
     return section.model_fields[last if last in section.model_fields else last.removeprefix("no_")].annotation
 
 
+def takes(name: str, kind: type[Settings]) -> str:
+    """What the option of this name takes, in words."""
+    annotation = annotation_of(name, kind)
+    if annotation is not bool:
+        return allowed(annotation)
+    on = name if name in field_names(kind) else name.replace(".no_", ".").removeprefix("no_")
+    return f"no value; --{on} alone turns it on, --{opposite(on)} off"
+
+
+def opposite(name: str) -> str:
+    """`train.no_compile` for `train.compile`: the option that turns a setting off."""
+    section, dot, field = name.rpartition(".")
+    return f"{section}{dot}no_{field}"
+
+
 def allowed(annotation: Any) -> str:
     """What an option of this type takes, in words."""
     if typing.get_origin(annotation) is Literal:
@@ -190,9 +204,7 @@ def allowed(annotation: Any) -> str:
     if typing.get_origin(annotation) in (UnionType, typing.Union):
         kind, _ = typing.get_args(annotation)
         return f"{allowed(kind)} or None"
-    return {bool: "no value, and its opposite is written no_", int: "a whole number", float: "a number"}.get(
-        annotation, "one word"
-    )
+    return {int: "a whole number", float: "a number"}.get(annotation, "one word")
 
 
 def load_preset(name: str) -> dict[str, Any]:
@@ -237,6 +249,8 @@ def validate(values: dict[str, Any], kind: type[S]) -> S:
             known = field_names(kind)
             raise UserError(f"there is no setting {name!r}{did_you_mean(name, known)}") from None
         what = first["msg"].removeprefix("Input ").removeprefix("Value error, ")
+        if first["type"] in ("bool_type", "bool_parsing"):
+            what = "has to be true or false, without quotes"
         raise UserError(f"{name} = {first['input']!r} is not allowed: it {what}.") from None
 
 
@@ -252,11 +266,24 @@ def options_of(settings: Settings) -> list[str]:
         if value == usual:
             continue
         if isinstance(value, bool):
-            section, dot, field = name.rpartition(".")
-            argv.append(f"--{name}" if value else f"--{section}{dot}no_{field}")
+            argv.append(f"--{name if value else opposite(name)}")
         else:
             argv += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
     return argv
+
+
+def resume_command(settings: Settings, done: int, *, ranks: int, local_ranks: int) -> str:
+    """The command that goes on with a run from its newest checkpoint, with as many ranks, as a shell is given it.
+
+    done:        steps up to that checkpoint; a `train.stop_at_step` that is reached would end the next session at once
+    local_ranks: ranks on each machine
+    """
+    stop = settings.train.stop_at_step
+    if stop is not None and stop <= done:
+        settings = settings.model_copy(update={"train": settings.train.model_copy(update={"stop_at_step": None})})
+    launcher = f"deepspeed --num_gpus {ranks}" if ranks == local_ranks else "deepspeed --hostfile HOSTS"
+    launcher = "python" if ranks == 1 else launcher
+    return f"{launcher} engine/pretrain.py {shlex.join(options_of(settings))} --resume auto"
 
 
 def field_names(section: type[Section], prefix: str = "") -> list[str]:

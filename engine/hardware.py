@@ -34,17 +34,6 @@ class Gpu:
     watts: float
 
 
-# H100, H200: NVIDIA H100 and H200 Tensor Core GPU data sheets, SXM columns. The sheets give rates with sparsity, twice
-# these. NVLink 900 GB/s and PCIe Gen5 128 GB/s are both directions together. DGX H100 and H200 data sheets: 8 GPUs and
-# 8 adapters of 400 Gb/s for them.
-# A100: NVIDIA A100 Tensor Core GPU data sheet, SXM columns; NVLink 600 GB/s, PCIe Gen4 64 GB/s, both directions
-# together. DGX A100 data sheet: 8 GPUs and 8 adapters of 200 Gb/s.
-# B200: NVIDIA DGX B200 data sheet, an eighth of the system's: 1,440 GB, 64 TB/s, 72 PFLOP/s fp8 with sparsity, NVLink
-# 14.4 TB/s in both directions, 8 adapters of 400 Gb/s. HGX B200 page: bf16 36 and tf32 18 PFLOP/s with sparsity and
-# fp32 600 TFLOP/s, of 8 GPUs; 1,000 W each.
-# L40S: NVIDIA L40S data sheet; no NVLink, PCIe Gen4 x16.
-# RTX 4090: NVIDIA Ada GPU architecture whitepaper, appendix A: dense, fp32 accumulation; no NVLink, PCIe Gen4 x16.
-# Nobody publishes a network for the last two: 100 Gb/s for each L40S, and 10 Gb/s shared by two RTX 4090, are assumed.
 GPUS = {
     gpu.key: gpu
     for gpu in (
@@ -57,6 +46,22 @@ GPUS = {
         Gpu("rtx4090", "NVIDIA GeForce RTX 4090", 24, 165.2, 82.6, 82.6, 1008, 32, 0.625, 32, 2, 450),
     )
 }
+"""What the makers' documents say, by the command line's name.
+
+    h100, h200   NVIDIA H100 and H200 Tensor Core GPU data sheets, SXM columns: memory, rates, watts; bf16 and tf32 are
+                 with sparsity there, twice these. NVLink 900 GB/s and PCIe Gen5 128 GB/s are of both directions.
+                 DGX H100 and H200 data sheets: 8 GPUs, 8 adapters of 400 Gb/s for them.
+    a100_80, _40 NVIDIA A100 Tensor Core GPU data sheet, SXM columns: memory, rates without sparsity, watts; NVLink 600
+                 GB/s and PCIe Gen4 64 GB/s are of both directions. DGX A100 data sheet: 8 GPUs, 8 adapters of 200 Gb/s.
+    b200         NVIDIA DGX B200 data sheet, an eighth of the system's: 1,440 GB, 64 TB/s, NVLink 14.4 TB/s in both
+                 directions, 8 adapters of 400 Gb/s. HGX B200 page, an eighth: bf16 36 and tf32 18 PFLOP/s with
+                 sparsity, fp32 600 TFLOP/s; 1,000 W each. PCIe Gen5 as above.
+    l40s         NVIDIA L40S data sheet: memory, rates without sparsity, watts; no NVLink, PCIe Gen4 x16.
+    rtx4090      NVIDIA Ada GPU architecture whitepaper, appendix A: memory, dense rates with fp32 accumulation, watts;
+                 no NVLink, PCIe Gen4 x16.
+
+Assumed, for nobody publishes a machine of the last two: 8 L40S with 100 Gb/s each, 2 RTX 4090 that share 10 Gb/s.
+"""
 SAME_RATES = {"NVIDIA A100 80GB PCIe": "a100_80", "NVIDIA A100-PCIE-40GB": "a100_40"}
 """Drivers' names of other cards, with a GPU of the same rates: the PCIe columns of the A100's data sheet give them."""
 

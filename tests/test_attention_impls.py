@@ -265,7 +265,7 @@ def test_triton_refuses_bf16_in_its_interpreter():
 @pytest.mark.parametrize(
     ("before", "why"),
     [
-        ("pass", "Triton needs a GPU, but the tensors are on cpu; TRITON_INTERPRET=1 runs it slowly anywhere"),
+        ("pass", "Triton needs a GPU and the tensors are on cpu; TRITON_INTERPRET=1 runs it slowly anywhere"),
         ("import sys; sys.modules['triton'] = None", "triton is not installed"),
     ],
     ids=["no GPU", "no triton"],

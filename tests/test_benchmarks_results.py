@@ -176,6 +176,22 @@ assert main([], root) == 0
     assert "nearest_code" in (plots / "roofline-2.svg").read_text()
 
 
+@pytest.mark.parametrize(("mfu", "said"), [(1.029, True), (0.99, False)])
+def test_a_step_above_the_measured_matrix_rate_is_explained(published, tmp_path, mfu, said):
+    published(
+        f"""
+path = folder / "train_step.json"
+found = json.loads(path.read_text())
+found["benchmarks"][0]["extra_info"]["providers"]["ours"]["mfu"] = {mfu}
+path.write_text(json.dumps(found))
+assert main([], root) == 0
+"""
+    )
+    readme = (tmp_path / "README.md").read_text()
+    assert f"| {mfu:.1%} |" in readme
+    assert ("An MFU above 100% says that the machine was faster at that moment" in readme) == said
+
+
 def test_results_that_mean_nothing_are_refused_in_a_sentence(published):
     wrong = {
         '{"format": 0}': "results of format 0, and this version reads format 1; measure again",
@@ -249,6 +265,7 @@ def test_kept_results_are_pytest_benchmarks_own_and_name_no_machine(root, tmp_pa
     assert info["means"] != "measured"
     assert not {"node", "release"} & info.keys()
     assert str(root) not in path.read_text()
+    assert " at 0x" not in path.read_text()
     backward = document["benchmarks"][-1]
     assert backward["extra_info"]["direction"] == "backward"
     # Of the backward alone, as its row: not of the forward before it, which is not timed.

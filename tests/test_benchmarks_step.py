@@ -195,6 +195,19 @@ def test_every_provider_is_in_a_group_and_every_case_is_timed():
     assert [(one.name, one.group) for one in cases.rehearsal()] == list(names.REHEARSED)
 
 
+@pytest.mark.parametrize(
+    ("fast", "imitated", "base"), [(True, False, True), (False, False, False), (False, True, True)]
+)
+def test_imitated_bf16_is_timed_on_base_only_where_asked_for(monkeypatch, fast, imitated, base):
+    monkeypatch.setattr(cases, "has_bf16", lambda: fast)
+    on_cpu = {one.name: one for one in cases.on_cpu(imitated=imitated)}
+    assert on_cpu.keys() == cases.ON_CPU.keys()
+    case = on_cpu["base-bf16"].case
+    assert case.dtype == torch.bfloat16
+    assert (case.shape == on_cpu["base-fp32"].case.shape) == base
+    assert case.note.endswith("a small case") == (not base)
+
+
 def test_the_plan_has_every_part_and_ends_in_eight_minutes():
     gpu = benchmark("gpu")
     whole = parts.every_part(rehearse=False)

@@ -1,13 +1,9 @@
-"""What training on a CPU asks of the C library, and the warning about what the processor cannot do fast."""
+"""What training on a CPU asks of the C library."""
 
 import subprocess
 import sys
 
 import pytest
-import torch
-
-from fused_beit.engine.command_line import parse
-from fused_beit.engine.training import pretraining
 
 PAGES_OF_NEW_MEMORY = """
 import resource, sys, torch
@@ -36,12 +32,3 @@ def pages(how: str) -> int:
 
 def test_a_step_reuses_the_memory_of_the_one_before():
     assert pages("kept") < pages("given back") / 10
-
-
-@pytest.mark.parametrize(
-    ("precision", "has_bf16", "warns"), [("bf16", False, 1), ("bf16", True, 0), ("auto", False, 0)]
-)
-def test_bf16_on_a_processor_without_it_is_warned_of(monkeypatch, precision, has_bf16, warns):
-    monkeypatch.setattr(pretraining, "has_bf16", lambda: has_bf16)
-    settings = parse(["--train.precision", precision], description="")
-    assert len(pretraining.slow_precision(settings, torch.device("cpu"))) == warns

@@ -4,10 +4,12 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -196,6 +198,24 @@ def test_the_reports_next_command_leads_to_the_same_settings(tmp_path, tokenizer
     assert parse(options_of(settings), description="") == settings
 
 
+def test_the_command_at_the_end_of_a_session_is_the_reports_and_finishes_the_run(run, capsys):
+    folder = run(train__stop_at_step=3, train__micro_batch=2, zero__stage=1)
+    said = re.search(r"step 3 of 6 was asked for; go on with\n  (.+)\n", capsys.readouterr().out)
+    assert said is not None
+    assert escape(said[1]) in (folder / "report.html").read_text()
+    _, script, *argv = shlex.split(said[1])
+    assert script == "engine/pretrain.py"
+    assert pretrain(parse(argv, description=""))
+    assert len(losses(folder)) == 6
+
+
+@pytest.mark.parametrize(("log_every", "short"), [(6, True), (5, False)])
+def test_what_bounds_a_run_is_not_told_from_its_first_log_line(run, capsys, log_every, short):
+    folder = run(train__log_every=log_every)
+    assert ("Too short to tell what bounds it" in capsys.readouterr().out) == short
+    assert ("Too short to tell what bounds it" in (folder / "report.html").read_text()) == short
+
+
 def test_evaluation_on_the_way_changes_no_loss(run):
     evaluated = run("evaluated", train__eval_every=2)
     assert losses(evaluated) == losses(run("plain"))
@@ -300,6 +320,7 @@ def test_sigterm_saves_and_ends_with_code_75(run, tmp_path, tokenizer, root, who
     step = train_rows(tmp_path / "stopped")[-1]["step"]
     assert f"stopped at step {step}" in output
     assert re.search(r"^(Bound by|Waits) ", output, re.MULTILINE), "what bound it is said here too"
+    assert re.search(r"^go on with\n  python engine/pretrain\.py .* --resume auto$", output, re.MULTILINE)
     assert (tmp_path / "stopped" / "checkpoints" / f"step-{step:08d}" / "MANIFEST.json").exists()
 
 

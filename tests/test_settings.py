@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from fused_beit.engine.command_line import field_names, load_preset, options_of, parse, preset_names
+from fused_beit.engine.command_line import field_names, load_preset, options_of, parse, preset_names, resume_command
 from fused_beit.engine.config import Settings, result_settings, speed_settings
 from fused_beit.engine.errors import UserError
 
@@ -111,7 +111,10 @@ def test_every_setting_changes_either_the_result_or_the_speed():
         (["--train.max_steps", "ten"], ["--train.max_steps ten cannot be read", "a whole number or None"]),
         (["--zero.stage", "4"], ["--zero.stage 4 cannot be read", "one of 0, 1, 2, 3 or None"]),
         (["--train.impl", "fast"], ["--train.impl fast cannot be read", "one of auto, reference"]),
-        (["--zero.offload", "yes"], ["--zero.offload yes cannot be read", "no value"]),
+        (["--zero.offload", "yes"], ["--zero.offload yes cannot be read", "no value", "--zero.no_offload off"]),
+        (["--train.compile=true"], ["--train.compile true cannot be read", "--train.compile alone turns it on"]),
+        (["--train.no_compile", "1"], ["--train.no_compile 1", "--train.compile alone", "--train.no_compile off"]),
+        (["--overwrite", "false"], ["--overwrite false cannot be read", "--overwrite alone", "--no_overwrite off"]),
         (["birds"], ["'birds' belongs to no option", "--help"]),
         (["-x", "1"], ["'-x' belongs to no option", "--help"]),
     ],
@@ -138,6 +141,22 @@ def test_how_presets_and_files_train_a_tokenizer_is_left_out_beside_a_trained_on
 
 
 @pytest.mark.parametrize(
+    ("ranks", "local_ranks", "launcher"),
+    [(1, 1, "python"), (8, 8, "deepspeed --num_gpus 8"), (16, 8, "deepspeed --hostfile HOSTS")],
+)
+def test_the_command_that_goes_on_starts_as_many_ranks(ranks, local_ranks, launcher):
+    command = resume_command(settings_of("--train.micro_batch", "2"), 5, ranks=ranks, local_ranks=local_ranks)
+    options = "--preset digits --output_dir output/digits --train.micro_batch 2 --resume auto"
+    assert command == f"{launcher} engine/pretrain.py {options}"
+
+
+def test_the_command_that_goes_on_leaves_out_a_stop_that_is_behind_it():
+    settings = settings_of("--train.stop_at_step", "5")
+    assert "--train.stop_at_step 5" in resume_command(settings, 4, ranks=1, local_ranks=1)
+    assert "stop_at_step" not in resume_command(settings, 5, ranks=1, local_ranks=1)
+
+
+@pytest.mark.parametrize(
     ("text", "given", "meant"),
     [("[data]\nworker = 3", "data.worker", "data.workers"), ("[optimm]\nlr = 1", "optimm", "optim.lr")],
 )
@@ -145,6 +164,15 @@ def test_a_misspelt_key_of_a_file_is_named_with_the_likely_one(tmp_path, text, g
     file = tmp_path / "mine.toml"
     file.write_text(text)
     assert f"no setting {given!r}; did you mean {meant!r}" in error_of("--config", str(file))
+
+
+@pytest.mark.parametrize("given", ['"please"', "2", "[true]"])
+def test_what_a_file_gives_for_true_or_false_is_named_with_how_to_write_them(tmp_path, given):
+    file = tmp_path / "mine.toml"
+    file.write_text(f"[train]\ncompile = {given}\n")
+    message = error_of("--config", str(file))
+    assert "train.compile = " in message
+    assert "true or false, without quotes" in message
 
 
 def test_a_file_that_is_not_toml_is_named(tmp_path):

@@ -312,7 +312,16 @@ def test_an_empty_folder_is_refused_with_what_it_should_hold(tmp_path):
         load_tokenizer(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"text, not weights", b"PK\x03\x04 half a zip"])
+@pytest.mark.parametrize("name", ["encoder.pt", "encoder.pkl", "notes.txt"])
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1", b'{"epoch": 3}', b"\x89PNG\r\n"])
+def test_a_text_or_a_picture_is_not_taken_for_a_pickled_module(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"is no file of torch\.save") as caught:
+        load_tokenizer(tmp_path / name)
+    assert repr(content[:16]) in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80 half a pickle", b"PK\x03\x04 half a zip"])
 def test_a_damaged_file_is_refused(tmp_path, content):
     (tmp_path / "encoder.pt").write_bytes(content)
     with pytest.raises(UserError, match="damaged"):

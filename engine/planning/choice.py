@@ -1,6 +1,6 @@
 """Which ZeRO stage, recomputation and batch of a pass fit a GPU, and which of them is fastest."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..config import Recompute
@@ -184,10 +184,16 @@ def too_small(settings: PlanSettings, found: list[Way], tokenizer: TokenizerSize
         if other.memory_gb > gpu.memory_gb and least.memory.total <= room(other, reserve)
     ]
     if larger:
-        remedies.append(f"{' or '.join(larger)} would have room for it")
+        remedies.append(f"{either(larger)} would have room for it")
     if not remedies:
         remedies.append("make the model smaller: model.depth, model.width or data.image_size")
     return f"{said}; {', and '.join(remedies)}."
+
+
+def either(names: Sequence[str]) -> str:
+    """`h200`, `h200 or b200`, `h200, h100 or b200`."""
+    *before, last = names
+    return f"{', '.join(before)} or {last}" if before else last
 
 
 def describe(one: Way) -> str:

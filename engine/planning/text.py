@@ -9,7 +9,7 @@ from ..config import Settings
 from ..hardware import GPUS, Gpu
 from ..models.flops import parameter_count, pretraining_flops
 from ..tokenizer.flops import DALLE, TokenizerSize, encoding_flops
-from ..training.header import RECOMPUTED, human_bytes
+from ..training.header import RECOMPUTED, human_bytes, when_compiled
 from .choice import Way, recomputing, room, uses_bf16, way
 from .settings import PlanSettings
 from .step_time import StepTime, link, traffic
@@ -131,7 +131,7 @@ def memory_lines(settings: PlanSettings, chosen: Way) -> list[str]:
         {name: human_bytes(memory.parts[name]) for name in PARTS if name in memory.parts},
     )
     limit = human_bytes(room(chosen.gpu, settings.hardware.reserve))
-    lines.append(f"  in all {human_bytes(memory.total)} of {limit} that tensors may take")
+    lines.append(f"  in all {human_bytes(memory.total)} of {limit} that tensors may take{when_compiled(settings)}")
     if memory.host:
         lines.append(f"  and {human_bytes(memory.host)} of the machine's memory for each GPU")
     return lines

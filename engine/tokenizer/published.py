@@ -81,6 +81,7 @@ def read_state(file: Path) -> dict[str, Tensor]:
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
+        refuse_what_torch_never_wrote(file)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of a pickle protocol it may not know: what follows says more
             state = torch.load(file, map_location="cpu", weights_only=True)
@@ -101,6 +102,18 @@ def read_state(file: Path) -> dict[str, Tensor]:
     if not (isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())):
         raise UserError(f"{file} holds no state dict (names and tensors); save module.state_dict() and give that file.")
     return {str(name): value for name, value in state.items()}
+
+
+def refuse_what_torch_never_wrote(file: Path) -> None:
+    """Raise `UserError` for a file that is neither a zip archive nor a pickle, such as a text; an empty one passes."""
+    with file.open("rb") as opened:
+        beginning = opened.read(16)
+    if beginning and not beginning.startswith((b"PK", b"\x80")):
+        raise UserError(
+            f"{file} is no file of torch.save, which is a zip archive or a pickle: it begins with {beginning!r}; give "
+            f"DALL-E's encoder as a state dict, or the tokenizer.safetensors that train_tokenizer.py or a pre-training "
+            f"left."
+        )
 
 
 def damaged(file: Path) -> str:

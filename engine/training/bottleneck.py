@@ -14,6 +14,12 @@ WORTH_NAMING = 0.2  # share of the time from which on a part beside the largest 
 MODEL, TOKENIZER, OPTIMIZER = "the model", "the tokenizer", "the optimizer"
 TRANSFER, COMMUNICATION, REST = "the way to the device", "communication between the ranks", "what is between the steps"
 
+TOO_SHORT = (
+    "Too short to tell what bounds it: all steps were within the first log line, where everything is done for the "
+    "first time; train more steps, or lower train.log_every."
+)
+"""In place of the sentence where no step is past the start-up."""
+
 
 @dataclass(frozen=True)
 class Circumstances:

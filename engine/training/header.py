@@ -13,6 +13,11 @@ RECOMPUTED: Mapping[Recompute, str] = {
 """What is computed twice to save memory."""
 
 
+def when_compiled(settings: Settings) -> str:
+    """What is to be said behind an estimate of memory, which is of blocks as they are written."""
+    return "; compiled blocks keep another amount (train.compile)" if settings.train.compile else ""
+
+
 def header(settings: Settings, sections: Mapping[str, Mapping[str, str]]) -> str:
     """The run's header.
 

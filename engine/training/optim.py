@@ -45,8 +45,7 @@ class Schedule:
     def __init__(self, optim: OptimSettings, total_steps: int, steps_per_epoch: int):
         self.optim = optim
         self.total_steps = total_steps
-        asked = optim.warmup_epochs * steps_per_epoch if optim.warmup_steps is None else optim.warmup_steps
-        self.warmup_steps = min(round(asked), total_steps)
+        self.warmup_steps = min(asked_warmup(optim, steps_per_epoch), total_steps)
 
     def lr(self, step: int) -> float:
         """Learning rate of optimizer step `step`, counted from 0."""
@@ -68,6 +67,11 @@ class Schedule:
         for group in groups:
             group["lr"] = lr
             group["weight_decay"] = weight_decay if group["decayed"] else 0.0
+
+
+def asked_warmup(optim: OptimSettings, steps_per_epoch: int) -> int:
+    """Steps of warm-up that the settings ask for, be they more than the run has."""
+    return round(optim.warmup_epochs * steps_per_epoch) if optim.warmup_steps is None else optim.warmup_steps
 
 
 def cosine(start: float, end: float, step: int, length: int) -> float:

@@ -1,7 +1,6 @@
 """A whole pre-training: builds the pieces from the settings, runs the loop, leaves checkpoint and report."""
 
 import os
-import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ import torch
 
 from fused_beit.kernels import ImplUnavailable, Resolved, resolve
 
-from ..command_line import options_of
+from ..command_line import resume_command
 from ..config import BEIT_MASK_SHARE, Settings, result_settings, speed_settings
 from ..cpu import has_bf16
 from ..data.loading import BadPictureLog, Batch, train_loader, val_batches
@@ -27,10 +26,11 @@ from ..models.flops import pretraining_flops
 from ..models.mim import MaskedImageModel
 from ..tokenizer.files import identity, load_tokenizer
 from . import checkpoint, zero
-from .bottleneck import Circumstances, bottleneck
+from .bottleneck import TOO_SHORT, Circumstances, bottleneck
 from .deepspeed_json import resolve_stage
+from .doubts import long_warm_up, other_tokens, slow_precision
 from .evaluation import Evaluation, evaluate, fill_pictures
-from .header import RECOMPUTED, header, human_bytes
+from .header import RECOMPUTED, header, human_bytes, when_compiled
 from .loop import Loop, StopRequest
 from .memory import Pass, keeps_scores, prefetched, rank_memory
 from .metrics import MetricsLog, Progress, duration, read_metrics
@@ -79,10 +79,10 @@ def open_run(settings: Settings, *, rehearsal: bool = False) -> Iterator["Run"]:
     if settings.train.compile:
         refuse_without_compiler()
     pictures = open_pictures(settings.data, settings.train.seed)
-    run_length(settings, len(pictures.train))
+    steps_per_epoch, total_steps = run_length(settings, len(pictures.train))
     runtime = zero.start(settings)
-    first = runtime.rank == 0
-    zero.deepspeed_config(settings, runtime.world_size, bf16=resolve_bf16(settings, runtime.device))
+    first, bf16 = runtime.rank == 0, resolve_bf16(settings, runtime.device)
+    zero.deepspeed_config(settings, runtime.world_size, bf16=bf16)
     if not rehearsal or settings.tokenizer.path is not None:
         check_tokenizer(settings, len(pictures.train))
     resume_from, manifest, problems = zero.on_first_rank(partial(find_resume, settings))
@@ -90,8 +90,11 @@ def open_run(settings: Settings, *, rehearsal: bool = False) -> Iterator["Run"]:
         stage = resolve_stage(settings, runtime.world_size)
         zero.refuse_other_shape(manifest, folder=resume_from, world_size=runtime.world_size, stage=stage)
     zero.on_first_rank(partial(folder.claim, clear=settings.overwrite and not rehearsal))
+    problems += slow_precision(runtime.device, bf16=bf16)
+    if not rehearsal:
+        problems += [*long_warm_up(settings, total_steps, steps_per_epoch), *other_tokens(settings)]
     with folder:
-        for problem in [*problems, *slow_precision(settings, runtime.device)] if first else []:
+        for problem in problems if first else []:
             print(f"warning: {problem}", flush=True)
         run = Run(settings, folder, pictures, runtime, implementations, resume_from, manifest, rehearsal=rehearsal)
         try:
@@ -259,8 +262,9 @@ class Run:
             print(f"{len(bad)} pictures could not be decoded and were replaced; see {folder.bad_pictures}")
         newest = folder.checkpoints / checkpoint.tag_of(done)
         if stopped:
-            print(f"stopped at step {done} as asked and saved {newest}; go on with --resume auto")
+            print(f"stopped at step {done} as asked and saved {newest}")
             print(self.bottleneck())
+            print(f"go on with\n  {self.resume_command(done)}")
             return
         link_model(newest / "model.safetensors", folder.model)
         write_report(folder.report, self.report(done, evaluation, rows, bad))
@@ -268,10 +272,16 @@ class Run:
         print(self.bottleneck())
         print(f"  report      {folder.report}\n  weights     {folder.model}\n  checkpoint  {newest}")
         if done < self.total_steps:
-            print(f"step {done} of {self.total_steps} was asked for; go on with --resume auto")
+            print(f"step {done} of {self.total_steps} was asked for; go on with\n  {self.resume_command(done)}")
+
+    def resume_command(self, done: int) -> str:
+        runtime = self.runtime
+        return resume_command(self.settings, done, ranks=runtime.world_size, local_ranks=runtime.local_world_size)
 
     def bottleneck(self) -> str:
         """What bound this session's speed, and what to change."""
+        if len(self.loop.paces) == 1:
+            return TOO_SHORT
         return bottleneck(self.loop.pace(), self.circumstances())
 
     def circumstances(self) -> Circumstances:
@@ -323,7 +333,7 @@ class Run:
                 **({"codes in use, held out": evaluation.codes_used} if evaluation else {}),
             },
             checkpoint=str(folder.model),
-            next_command=f"python engine/pretrain.py {shlex.join(options_of(settings))} --resume auto",
+            next_command=self.resume_command(done),
             next_purpose="Goes on from the last checkpoint, if the run was stopped before its end.",
         )
 
@@ -353,7 +363,8 @@ class Run:
             f"({settings.mask.num_patches / settings.num_patches:.0%}; BEiT: {BEIT_MASK_SHARE:.0%})",
             "parameters": f"{self.num_parameters:,}",
             "FLOPs a picture": f"{self.flops:.3g}, forward and backward, without the tokenizer",
-            "memory a rank": f"about {human_bytes(memory.total)} of tensors at most, by estimate: when {memory.moment}",
+            "memory a rank": f"about {human_bytes(memory.total)} of tensors at most, by estimate: when {memory.moment}"
+            f"{when_compiled(settings)}",
             "precision": "fp32 weights, bf16 autocast" if self.bf16 else "fp32",
             "ranks": f"{runtime.world_size}, each {runtime.threads} CPU threads, "
             f"{engine.micro_batch} pictures x {engine.accumulation} passes a step; ZeRO stage {engine.stage}",
@@ -435,13 +446,6 @@ def resolve_bf16(settings: Settings, device: torch.device) -> bool:
     if settings.train.precision == "auto":
         return device.type == "cuda"
     return settings.train.precision == "bf16"
-
-
-def slow_precision(settings: Settings, device: torch.device) -> list[str]:
-    """A warning when the precision asked for is one that the processor has to imitate."""
-    if device.type != "cpu" or not resolve_bf16(settings, device) or has_bf16():
-        return []
-    return ["train.precision = bf16 is many times slower than fp32 on this processor, which has no bf16; use fp32."]
 
 
 def run_length(settings: Settings, num_pictures: int) -> tuple[int, int]:

@@ -246,6 +246,8 @@ class ZeroEngine:
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         if self.stage == 0 and runtime.world_size == 1:
             self.engine.enable_backward_allreduce = False  # it would copy all gradients there and back to change none
+        if self.compiled and self.stage == 3:
+            keep_hooks_from_compiler(model)
         self.engine.checkpoint_engine = CheckedCheckpointEngine()
         self._skipped_in_a_row = self._most_in_a_row = 0
 
@@ -331,6 +333,17 @@ class ZeroEngine:
                 name: tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else tensor.dtype).clone()
                 for name, tensor in self.module.state_dict().items()
             }
+
+
+def keep_hooks_from_compiler(model: nn.Module) -> None:
+    """Have torch.compile run the hooks by which stage 3 gathers weights as they are.
+
+    Compiled, they are so anew for each module and mode, until torch warns that it gives up on them.
+    """
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key, hook in hooks.items():
+                hooks[key] = torch.compiler.disable(hook)
 
 
 def refuse_other_shape(manifest: dict[str, Any], *, folder: Path, world_size: int, stage: int) -> None:

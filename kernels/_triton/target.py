@@ -35,7 +35,7 @@ def why_unavailable(device: torch.device, dtype: torch.dtype | None = None) -> s
             return "Triton's interpreter computes bfloat16 wrongly; use float32 or float16 there"
         return None
     if device.type != "cuda":
-        return f"Triton needs a GPU, but the tensors are on {device.type}; TRITON_INTERPRET=1 runs it slowly anywhere"
+        return f"Triton needs a GPU and the tensors are on {device.type}; TRITON_INTERPRET=1 runs it slowly anywhere"
     # Without a GPU the tensors only have a shape.
     if torch.cuda.is_available() and _is_too_old(arch := arch_of(device)):
         return f"the kernels are made for GPUs from sm_80 on, and this one is {arch}"
