@@ -111,6 +111,46 @@ def test_features_are_the_normed_tokens():
     torch.testing.assert_close(encoder.features(pixels), expected)
 
 
+@pytest.mark.parametrize("impl", ["reference", "sdpa"])
+@pytest.mark.parametrize("drops_paths", [True, False])
+@pytest.mark.parametrize(
+    "settings", [{}, {"depth": 1}, {"rel_pos_bias": "per_layer"}, {"rel_pos_bias": "none", "layer_scale": 0.0}], ids=str
+)
+def test_masked_rows_and_all_gradients_are_those_of_the_whole_encoder(settings, drops_paths, impl):
+    torch.manual_seed(0)
+    encoder = Encoder(changed(**settings), 16, impl=impl).double()
+    for parameter in encoder.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    pixels = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    positions = torch.tensor([[5, 0, -1, 15], [-1, 3, 9, 2], [-1, -1, -1, -1]])
+    keep = torch.tensor([0.0, 1.0, 1.5], dtype=torch.float64).expand(len(encoder.blocks), 2, 3) if drops_paths else None
+    picture, slot = (positions >= 0).nonzero(as_tuple=True)
+    cotangent = torch.randn(len(picture), 16, dtype=torch.float64)
+
+    whole = encoder.norm(encoder(pixels, positions, keep))[picture, 1 + positions[picture, slot]]
+    rows = encoder(pixels, positions, keep, read_masked=True).unflatten(0, positions.shape)[picture, slot]
+    torch.testing.assert_close(rows, whole, rtol=1e-11, atol=1e-11)
+    for found, expected in zip(
+        *(torch.autograd.grad(out, list(encoder.parameters()), cotangent) for out in (rows, whole)), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_of_the_last_block_the_masked_patches_alone_leave_attention():
+    encoder = Encoder(SHAPE, 16)
+    seen = []
+    for block in encoder.blocks:
+        for module in (block.attn.qkv, block.attn.proj, block.mlp):
+            module.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].shape[1]))
+    encoder(torch.rand(2, 3, 16, 16), torch.tensor([[0, 1, 5], [2, -1, -1]]), read_masked=True)
+    assert seen == [17, 17, 17, 17, 17, 17, 17, 3, 3]
+
+
+def test_masked_patches_cannot_be_read_where_none_are_given():
+    with pytest.raises(ValueError, match="read_masked needs masked_positions"):
+        Encoder(SHAPE, 16)(torch.rand(2, 3, 16, 16), read_masked=True)
+
+
 @pytest.mark.parametrize(("rel_pos_bias", "calls"), [("shared", 1), ("per_layer", 3), ("none", 0)])
 def test_each_bias_table_is_expanded_once_in_a_forward(rel_pos_bias, calls):
     encoder = Encoder(changed(rel_pos_bias=rel_pos_bias), 16)

@@ -40,7 +40,7 @@ def test_counted_parameters_are_those_of_the_model(settings, image_size):
     assert parameter_count(settings, image_size, 50) == sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize(("settings", "gigaflops"), [(BASE, 108.0), (LARGE, 372.8)], ids=["base", "large"])
+@pytest.mark.parametrize(("settings", "gigaflops"), [(BASE, 104.1), (LARGE, 365.9)], ids=["base", "large"])
 def test_flops_are_as_derived_for_base_and_large(settings, gigaflops):
     assert pretraining_flops(settings, 224, 75, 8192) == pytest.approx(gigaflops * 1e9, rel=0.005)
 

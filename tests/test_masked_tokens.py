@@ -21,8 +21,8 @@ def embed_by_loops(patches, mask_token, cls_token, pos_embed, masked_positions):
 
 
 def gather_by_loops(x, masked_positions, weight, bias, eps=1e-6, num_prefix_tokens=1):
-    """Norm all tokens, then take the rows one at a time."""
-    normed = F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    """Norm all tokens, or leave them as they are, then take the rows one at a time."""
+    normed = x if weight is None else F.layer_norm(x, x.shape[-1:], weight, bias, eps)
     zeros = torch.zeros_like(normed[0, 0])
     positions = masked_positions.tolist()
     return torch.stack(
@@ -67,16 +67,18 @@ def test_embed_keeps_fp32_parameters_in_fp32_when_autocast_made_the_patches_bf16
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_padding", [0, 2])
-def test_gather_equals_the_definition_written_as_loops(dtype, num_padding):
-    inputs = gather_masked_inputs(3, 7, 8, 2, num_padding=num_padding, dtype=dtype)
+@pytest.mark.parametrize("without", [(), ("weight", "bias")], ids=str)
+def test_gather_equals_the_definition_written_as_loops(dtype, num_padding, without):
+    inputs = gather_masked_inputs(3, 7, 8, 2, num_padding=num_padding, dtype=dtype) | dict.fromkeys(without)
     assert_parity(gather_masked, gather_by_loops, inputs)
 
 
 def test_gather_counts_positions_from_after_the_prefix():
     inputs = gather_masked_inputs(2, 7, 8, 3, dtype=torch.float64)
     inputs["masked_positions"] = masked_positions(2, 5, 3)
-    out = gather_masked(**inputs, num_prefix_tokens=2, eps=0.5)
-    torch.testing.assert_close(out, gather_by_loops(**inputs, num_prefix_tokens=2, eps=0.5))
+    for given in (inputs, inputs | dict.fromkeys(("weight", "bias"))):
+        out = gather_masked(**given, num_prefix_tokens=2, eps=0.5)
+        torch.testing.assert_close(out, gather_by_loops(**given, num_prefix_tokens=2, eps=0.5))
 
 
 def test_padding_gives_zeros_and_no_gradient():
@@ -87,6 +89,9 @@ def test_padding_gives_zeros_and_no_gradient():
     assert not out.any()
     for grad in torch.autograd.grad(out.sum(), leaves):
         assert not grad.any()
+    rows = gather_masked(inputs["x"], inputs["masked_positions"], None, None)
+    assert not rows.any()
+    assert not torch.autograd.grad(rows.sum(), inputs["x"])[0].any()
 
 
 def test_gather_under_autocast_gives_the_linears_dtype_from_fp32_statistics():
@@ -94,6 +99,13 @@ def test_gather_under_autocast_gives_the_linears_dtype_from_fp32_statistics():
     with torch.autocast("cpu", torch.bfloat16):
         out = gather_masked(**inputs)
     assert torch.equal(out, gather_masked(**inputs).bfloat16())
+
+
+def test_rows_that_are_not_normed_stay_in_their_dtype_under_autocast():
+    x, positions, *_ = gather_masked_inputs(2, 5, 64, 2).values()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert gather_masked(x, positions, None, None).dtype == torch.float32
+        assert gather_masked(x.half(), positions, None, None).dtype == torch.float16
 
 
 def test_gather_takes_bf16_rows_with_fp32_parameters():
@@ -110,6 +122,7 @@ def test_gradients_pass_gradcheck():
     inputs = gather_masked_inputs(2, 4, 3, 2, num_padding=1, dtype=torch.float64)
     leaves = [inputs[name].requires_grad_() for name in ("x", "weight", "bias")]
     assert torch.autograd.gradcheck(lambda x, w, b: gather_masked(x, inputs["masked_positions"], w, b), leaves)
+    assert torch.autograd.gradcheck(lambda x: gather_masked(x, inputs["masked_positions"], None, None), leaves[:1])
 
 
 def test_both_pass_opcheck():
@@ -118,7 +131,8 @@ def test_both_pass_opcheck():
     torch.library.opcheck(torch.ops.fused_beit.embed_tokens.default, (*inputs.values(), "reference"))
     inputs = gather_masked_inputs(2, 4, 8, 2, num_padding=1)
     inputs["x"].requires_grad_()
-    torch.library.opcheck(torch.ops.fused_beit.gather_masked.default, (*inputs.values(), 1e-6, 1, "reference"))
+    for given in (inputs, inputs | dict.fromkeys(("weight", "bias"))):
+        torch.library.opcheck(torch.ops.fused_beit.gather_masked.default, (*given.values(), 1e-6, 1, "reference"))
 
 
 @pytest.mark.parametrize(
@@ -126,6 +140,7 @@ def test_both_pass_opcheck():
     [
         (embed_tokens, embed_tokens_inputs(2, 4, 8, 2, num_padding=1)),
         (gather_masked, gather_masked_inputs(2, 4, 8, 2, num_padding=1)),
+        (gather_masked, gather_masked_inputs(2, 4, 8, 2, num_padding=1) | dict.fromkeys(("weight", "bias"))),
     ],
 )
 def test_both_compile_without_a_graph_break(function, inputs):
@@ -157,6 +172,8 @@ def test_embed_refuses_wrong_arguments_with_what_was_expected(change, error, mes
     [
         ({"masked_positions": torch.zeros(4).long()}, ValueError, r"masked_positions must have shape \[2, M\]"),
         ({"weight": torch.zeros(7)}, ValueError, r"weight must have shape \[8\], but has \[7\]"),
+        ({"weight": None}, ValueError, r"both be given or both be None, but weight alone is None"),
+        ({"bias": None}, ValueError, r"both be given or both be None, but bias alone is None"),
         ({"masked_positions": torch.tensor([[0, 0], [1, 2]])}, ValueError, r"lists 0 of picture 0 twice"),
         ({"masked_positions": torch.tensor([[0, 1], [1, 3]])}, ValueError, r"-1 or in 0..2, but one is 3"),
         ({"num_prefix_tokens": 4}, ValueError, r"num_prefix_tokens must be in 0..3, but is 4"),

@@ -47,9 +47,10 @@ def test_loss_and_accuracy_are_those_of_the_logits_at_the_masked_patches():
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_empty_slots_change_neither_loss_nor_accuracy_nor_gradients(train):
+@pytest.mark.parametrize("settings", [{}, {"drop_path": 0.0}, {"layer_scale": 0.0}, {"depth": 1}], ids=str)
+def test_empty_slots_change_neither_loss_nor_accuracy_nor_gradients(settings, train):
     def step(positions):
-        model, pictures, tokens = model_and_batch()
+        model, pictures, tokens = model_and_batch(**settings)
         output = model.train(train)(pictures, positions, tokens, torch.tensor([3, 4]), 5)
         output.loss.backward()
         return [*output, *(parameter.grad for parameter in model.parameters())]

@@ -94,7 +94,7 @@ def seconds_of_a_step(run):
         (encoder.PatchEmbed, Part.EMBED, 1),
         (encoder.Attention, Part.ATTENTION, 2),
         (encoder.Mlp, Part.MLP, 2),
-        (encoder.ResidualNorm, Part.NORMS, 3),
+        (encoder.ResidualNorm, Part.NORMS, 4),
         (encoder.FinalNorm, Part.NORMS, 1),
         (mim.TokenHead, Part.HEAD, 1),
     ],

@@ -1,6 +1,7 @@
 """The Triton operators of masked pictures, in Triton's interpreter, equal the reference."""
 
 import os
+from functools import partial, update_wrapper
 
 import pytest
 import torch
@@ -26,29 +27,38 @@ pytestmark = pytest.mark.skipif(
 
 # bf16 is not here: the interpreter computes it wrongly.
 DTYPES = [torch.float32, torch.float16]
-OPERATORS = {"embed": embed_tokens, "keep": keep_visible, "restore": restore_tokens, "gather": gather_masked}
+OPERATORS = {
+    "embed": embed_tokens,
+    "keep": keep_visible,
+    "restore": restore_tokens,
+    "gather": gather_masked,
+    "rows": update_wrapper(partial(gather_masked, weight=None, bias=None), gather_masked),
+}
 POSITIONS = {
     "embed": "masked_positions",
     "keep": "visible_positions",
     "restore": "visible_positions",
     "gather": "masked_positions",
+    "rows": "masked_positions",
 }
-SOURCE = {"embed": "patches", "keep": "patches", "restore": "x", "gather": "x"}
+SOURCE = {"embed": "patches", "keep": "patches", "restore": "x", "gather": "x", "rows": "x"}
 PARAMETERS = {
     "embed": ("mask_token", "cls_token", "pos_embed"),
     "keep": ("cls_token", "pos_embed"),
     "restore": ("mask_token", "pos_embed"),
     "gather": ("weight", "bias"),
+    "rows": (),
 }
 
 every_operator = pytest.mark.parametrize("operator", OPERATORS)
 
 
 def inputs_of(operator, batch=3, num_patches=9, width=48, num_listed=4, *, without=(), **options):
-    """P patches of which `num_listed` are listed; for gather, P+1 tokens."""
+    """P patches of which `num_listed` are listed; for gather and rows, P+1 tokens."""
     shape = (batch, num_patches, width, num_listed)
-    if operator == "gather":
-        return gather_masked_inputs(batch, num_patches + 1, width, num_listed, **options)
+    if operator in ("gather", "rows"):
+        made = gather_masked_inputs(batch, num_patches + 1, width, num_listed, **options)
+        return {name: made[name] for name in ("x", "masked_positions", *PARAMETERS[operator])}
     makers = {"embed": embed_tokens_inputs, "keep": keep_visible_inputs, "restore": restore_tokens_inputs}
     return makers[operator](*shape, **options) | dict.fromkeys(without)
 
@@ -157,7 +167,7 @@ def test_more_partial_sums_than_are_added_at_once_are_all_added(monkeypatch, ope
 def test_only_the_gradients_that_are_asked_for_are_computed(small_tiles, monkeypatch, operator):
     asked = []
     name, names, first = ("gather_bwd", ("x", "weight", "bias"), 7)
-    if operator != "gather":
+    if operator not in ("gather", "rows"):
         # That of CLS is the first row of that of the positions.
         name, names, first = ("place_bwd", (SOURCE[operator], "mask_token", "tokens"), 4)
     bwd = getattr(launch, name)
@@ -177,11 +187,18 @@ def test_only_the_gradients_that_are_asked_for_are_computed(small_tiles, monkeyp
         assert asked == ["tokens" if wanted in ("cls_token", "pos_embed") else wanted]
 
 
-def test_gather_counts_positions_from_after_the_prefix(small_tiles):
-    inputs = inputs_of("gather", dtype=torch.float64)
+@pytest.mark.parametrize("operator", ["gather", "rows"])
+def test_gather_counts_positions_from_after_the_prefix(small_tiles, operator):
+    inputs = inputs_of(operator, dtype=torch.float64)
     inputs["x"] = torch.cat([inputs["x"], inputs["x"].flip(1)], dim=1)
     for num_prefix_tokens in (0, 1, 5):
-        assert_float64_is_the_reference("gather", inputs, num_prefix_tokens=num_prefix_tokens)
+        assert_float64_is_the_reference(operator, inputs, num_prefix_tokens=num_prefix_tokens)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_and_their_gradient_are_copies_bit_by_bit(small_tiles, dtype):
+    inputs = inputs_of("rows", num_padding=2, dtype=dtype)
+    assert_equal(results("rows", inputs), results("rows", inputs, "reference"))
 
 
 def test_gather_uses_eps_and_centres_before_it_squares(small_tiles):
@@ -207,12 +224,13 @@ def test_a_patch_that_is_not_used_gets_a_gradient_of_zero_whatever_comes_in(oper
     assert torch.equal(grad, used[:, :, None].expand(2, 9, 48).float())
 
 
-def test_what_is_in_an_unused_row_does_no_harm():
-    inputs = inputs_of("gather", 2, 9, 48, 4)
+@pytest.mark.parametrize("operator", ["gather", "rows"])
+def test_what_is_in_an_unused_row_does_no_harm(operator):
+    inputs = inputs_of(operator, 2, 9, 48, 4)
     rows = torch.ones(2, 10, dtype=torch.bool).scatter(1, inputs["masked_positions"] + 1, False)
-    clean = results("gather", inputs)
+    clean = results(operator, inputs)
     inputs["x"][rows] = torch.nan
-    assert_equal(results("gather", inputs), clean)
+    assert_equal(results(operator, inputs), clean)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -237,6 +255,12 @@ def test_gather_under_autocast_is_in_its_dtype(small_tiles):
 
     assert under_autocast("triton")(**inputs).dtype == torch.float16
     assert_parity(under_autocast("triton"), under_autocast("reference"), inputs)
+
+
+def test_rows_stay_in_their_dtype_under_autocast():
+    inputs = inputs_of("rows")
+    with torch.autocast("cpu", torch.float16):
+        assert call("rows")(**inputs).dtype == torch.float32
 
 
 @every_operator
@@ -300,6 +324,16 @@ def test_what_lies_past_the_last_row_changes_nothing_and_is_not_changed(small_ti
     outputs.check()
 
 
+def test_what_lies_past_the_last_row_changes_nothing_and_is_not_changed_by_rows(small_tiles):
+    inputs, outputs = Guarded(nan=True), Guarded(nan=False)
+    positions = inputs_of("rows")["masked_positions"]
+    x, grad = inputs.empty(3, 10, 48), inputs.empty(12, 48)
+    out, grad_x = outputs.empty(12, 48), outputs.empty(3, 10, 48)
+    launch.gather_fwd(x, positions, None, None, 1e-6, 1, out, None, None)
+    launch.gather_bwd(grad, None, positions, None, None, None, 1, grad_x, None, None)
+    outputs.check()
+
+
 def test_what_lies_past_the_last_row_changes_nothing_and_is_not_changed_by_gather(small_tiles):
     inputs, outputs = Guarded(nan=True), Guarded(nan=False)
     positions = inputs_of("gather")["masked_positions"]
@@ -334,8 +368,9 @@ def test_the_operators_pass_opcheck(operator):
     inputs = inputs_of(operator, 2, 4, 8, 2, num_padding=1)
     source, positions = inputs[SOURCE[operator]].requires_grad_(), inputs[POSITIONS[operator]]
     parameters = {name: inputs[name].requires_grad_() for name in PARAMETERS[operator]}
-    if operator == "gather":
-        arguments = (source, positions, *parameters.values(), 1e-6, 1, torch.float32)
+    if operator in ("gather", "rows"):
+        given = [parameters.get(name) for name in ("weight", "bias")]
+        arguments = (source, positions, *given, 1e-6, 1, torch.float32)
         torch.library.opcheck(torch.ops.fused_beit.gather_masked_fwd.default, arguments)
     else:
         given = [parameters.get(name) for name in ("cls_token", "mask_token", "pos_embed")]
@@ -350,8 +385,11 @@ def test_the_operators_of_their_backward_pass_opcheck():
     x, positions, weight, bias = inputs_of("gather", 2, 4, 8, 2).values()
     out, mean, rstd = torch.ops.fused_beit.gather_masked_fwd(x, positions, weight, bias, 1e-6, 1, x.dtype)
     grads = [tensor.clone() for tensor in (x, weight, bias)]
-    arguments = (out, x, positions, weight, mean, rstd, 1, *grads)
-    torch.library.opcheck(torch.ops.fused_beit.gather_masked_bwd.default, arguments)
+    for arguments in (
+        (out, x, positions, weight, mean, rstd, 1, *grads),
+        (out, None, positions, None, None, None, 1, grads[0], None, None),
+    ):
+        torch.library.opcheck(torch.ops.fused_beit.gather_masked_bwd.default, arguments)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

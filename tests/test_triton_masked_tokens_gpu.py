@@ -1,5 +1,7 @@
 """The Triton operators of masked pictures compiled, at the sizes of BEiT and MAE, in bf16: `make test-gpu`."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -24,11 +26,20 @@ WIDTHS = [64, 192, 384, 1000, 1024, 1408]
 FEW = 8  # pictures, where more would show no more
 RUNS = 100
 MIB = 2**20
+
+
+def rows_inputs(*shape, **options):
+    """x and masked_positions of `gather_masked`, for the rows as they are."""
+    made = gather_masked_inputs(*shape, **options)
+    return {name: made[name] for name in ("x", "masked_positions")}
+
+
 OPERATORS = {
     "embed": (embed_tokens, embed_tokens_inputs, "patches"),
     "keep": (keep_visible, keep_visible_inputs, "patches"),
     "restore": (restore_tokens, restore_tokens_inputs, "x"),
     "gather": (gather_masked, gather_masked_inputs, "x"),
+    "rows": (partial(gather_masked, weight=None, bias=None), rows_inputs, "x"),
 }
 
 every_operator = pytest.mark.parametrize("name", OPERATORS)
@@ -38,8 +49,8 @@ def inputs_of(name, batch=None, width=None, *, source=None, num_patches=None, nu
     """What is moved in `source`, parameters in fp32, as a model under autocast has them."""
     _, make, moved = OPERATORS[name]
     num_patches = num_patches or NUM_PATCHES
-    num_tokens = num_patches + 1 if name == "gather" else num_patches
-    num_listed = min(num_patches, NUM_MASKED if name in ("embed", "gather") else NUM_VISIBLE)
+    num_tokens = num_patches + 1 if name in ("gather", "rows") else num_patches
+    num_listed = min(num_patches, NUM_VISIBLE if name in ("keep", "restore") else NUM_MASKED)
     shape = (batch or FEW, num_tokens, width or WIDTH, num_listed)
     inputs = make(*shape, num_padding=num_padding, device=DEVICE, seed=seed)
     return inputs | {moved: inputs[moved].to(source or HALF)}

@@ -1,7 +1,8 @@
 """The encoder of BEiT: a pre-norm vision transformer with LayerScale and a learned relative position bias.
 
 B pictures, S their side in pixels, P patches, N = P+1 tokens (CLS first), D channels of a token, H heads, K channels
-of a head, C hidden channels of the MLP, M masked patches.
+of a head, C hidden channels of the MLP, M slots for masked patches (-1: empty), T tokens of a block after attention:
+all N, or the M that are read of the last block.
 
 Module and parameter names are those of the published code, so that its checkpoints read like ours. One differs: the
 tables of `rel_pos_bias="per_layer"` are `blocks.i.attn.rel_pos_bias.relative_position_bias_table` here, a module of
@@ -56,6 +57,12 @@ def call_or_checkpoint(module: nn.Module, *inputs: Any) -> Any:
     if not module.recomputed:
         return module(*inputs)
     return checkpoint(module, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
+def rows_of(x_BND: Tensor, positions_BM: Tensor, impl: str) -> Tensor:
+    """The tokens of these patches, zeros for empty slots: [B, N, D], int64 [B, M] -> [B, M, D]."""
+    rows_RD = gather_masked(x_BND, positions_BM, None, None, impl=impl_besides_attention(impl))
+    return rows_RD.unflatten(0, positions_BM.shape)
 
 
 class PatchProjection(nn.Conv2d):
@@ -115,13 +122,16 @@ class Attention(nn.Module):
         self.rel_pos_bias = None if window is None else relative_position_bias(window, num_heads, impl)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, h_BND: Tensor, shared: SharedBias | None) -> Tensor:
-        """[B, N, D], bias [H, N, N] or None -> [B, N, D]."""
+    def forward(self, h_BND: Tensor, shared: SharedBias | None, read_BM: Tensor | None = None) -> Tensor:
+        """[B, N, D], bias [H, N, N] or None, read_BM int64 [B, M] or None for all tokens -> [B, T, D]."""
         if self.rel_pos_bias is not None:  # as if it were shared, for the gradient of the table is then summed in fp32
             shared = self.rel_pos_bias.shared(compute_dtype(h_BND))
         qkv = self.qkv(h_BND, torch.cat([self.q_bias, self.k_bias, self.v_bias]))
         qkv_BN3HK = qkv.unflatten(-1, (3, self.num_heads, -1))
-        return self.proj(rel_pos_attention(qkv_BN3HK, shared, impl=self.impl))
+        attended_BTD = rel_pos_attention(qkv_BN3HK, shared, impl=self.impl)
+        if read_BM is not None:
+            attended_BTD = rows_of(attended_BTD, read_BM, self.impl)
+        return self.proj(attended_BTD)
 
 
 class Mlp(nn.Module):
@@ -133,9 +143,9 @@ class Mlp(nn.Module):
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
 
-    def forward(self, h_BND: Tensor) -> Tensor:
-        """[B, N, D] -> [B, N, D]."""
-        return self.fc2(F.gelu(self.fc1(h_BND)))
+    def forward(self, h_BTD: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        return self.fc2(F.gelu(self.fc1(h_BTD)))
 
 
 class ResidualNorm(nn.LayerNorm):
@@ -146,31 +156,30 @@ class ResidualNorm(nn.LayerNorm):
         self.impl = impl
 
     def forward(  # type: ignore[override]  # a norm of a sum
-        self, x_BND: Tensor, y_BND: Tensor, gamma_D: Tensor | None, keep_B: Tensor | None
+        self, x_BTD: Tensor, y_BTD: Tensor, gamma_D: Tensor | None, keep_B: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """x, y [B, N, D], gamma [D], keep [B] -> x_new = x + keep * gamma * y and the norm of x_new."""
-        return residual_norm(x_BND, y_BND, gamma_D, keep_B, self.weight, self.bias, eps=self.eps, impl=self.impl)
+        """x, y [B, T, D], gamma [D], keep [B] -> x_new = x + keep * gamma * y and the norm of x_new."""
+        return residual_norm(x_BTD, y_BTD, gamma_D, keep_B, self.weight, self.bias, eps=self.eps, impl=self.impl)
 
 
-class FinalNorm(nn.LayerNorm):
-    """LayerNorm of all tokens, or of the masked ones alone."""
+class FinalNorm(ResidualNorm):
+    """ResidualNorm, or LayerNorm of what is summed already."""
 
-    def __init__(self, width: int, impl: str) -> None:
-        super().__init__(width, eps=NORM_EPS)
-        self.impl = impl
-
-    def forward(self, input: Tensor, masked_positions: Tensor | None = None) -> Tensor:
-        """[B, N, D] -> [B, N, D]; with masked_positions int64 [B, M] -> [B*M, D], zeros for empty slots."""
-        if masked_positions is None:
-            return super().forward(input)
-        return gather_masked(input, masked_positions, self.weight, self.bias, eps=self.eps, impl=self.impl)
+    def forward(
+        self, x_BTD: Tensor, y_BTD: Tensor | None = None, gamma_D: Tensor | None = None, keep_B: Tensor | None = None
+    ) -> Any:
+        """As ResidualNorm; x [B, T, D] alone -> its norm [B, T, D]."""
+        if y_BTD is None:
+            return nn.LayerNorm.forward(self, x_BTD)
+        return super().forward(x_BTD, y_BTD, gamma_D, keep_B)
 
 
 class Block(nn.Module):
     """Attention and MLP, each with LayerScale, DropPath and residual.
 
     It takes its input normed already and has it normed for the next block, so that each residual and the norm after
-    it are one pass over the tokens.
+    it are one pass over the tokens. After attention no token needs the others: where only some patches are read of a
+    block, the rest of it is done for these alone.
     """
 
     def __init__(self, settings: ModelSettings, window: tuple[int, int] | None, impl: str, *, first: bool) -> None:
@@ -196,18 +205,22 @@ class Block(nn.Module):
         bias: SharedBias | None,
         keep_2B: Tensor | None,
         next_norm: nn.Module | None,
+        read_BM: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Residual stream x and h = norm1(x) -> the new x, and the next block's h or None where no norm follows.
+        """Residual stream x and h = norm1(x) -> the new x [B, T, D], and its next norm or None where none follows.
 
         keep_2B:   DropPath's factors of the attention and of the MLP branch
-        next_norm: norm1 of the next block
+        next_norm: norm1 of the next block, or the final norm
+        read_BM:   int64 [B, M], the patches that are read of this block, -1: empty slot; None: all tokens
         """
         keep_attn, keep_mlp = (None, None) if keep_2B is None else keep_2B.unbind(0)
-        x_BND, h_BND = self.norm2(x_BND, self.attn(h_BND, bias), self.gamma_1, keep_attn)
-        y_BND = call_or_checkpoint(self.mlp, h_BND)
+        y_BTD = self.attn(h_BND, bias, read_BM)
+        x_BTD = x_BND if read_BM is None else rows_of(x_BND, read_BM, self.impl)
+        x_BTD, h_BTD = self.norm2(x_BTD, y_BTD, self.gamma_1, keep_attn)
+        y_BTD = call_or_checkpoint(self.mlp, h_BTD)
         if next_norm is None:
-            return residual_add(x_BND, y_BND, self.gamma_2, keep_mlp, impl=self.impl), None
-        return next_norm(x_BND, y_BND, self.gamma_2, keep_mlp)
+            return residual_add(x_BTD, y_BTD, self.gamma_2, keep_mlp, impl=self.impl), None
+        return next_norm(x_BTD, y_BTD, self.gamma_2, keep_mlp)
 
 
 class Encoder(nn.Module):
@@ -279,15 +292,27 @@ class Encoder(nn.Module):
             assert isinstance(block, Block)
             block.recomputed, block.mlp.recomputed = what == "block", what == "mlp"
 
-    def forward(self, pixels: Tensor, masked_positions: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
-        """Tokens before the final norm, which belongs to whoever reads them.
+    def forward(
+        self,
+        pixels: Tensor,
+        masked_positions: Tensor | None = None,
+        keep: Tensor | None = None,
+        *,
+        read_masked: bool = False,
+    ) -> Tensor:
+        """Tokens before the final norm, which belongs to whoever reads them; or the masked ones alone after it.
 
         pixels:           [B, 3, S, S]      floating point, normalised
         masked_positions: int64 [B, M]      patches replaced by the mask token, -1: empty slot; None: nothing masked
         keep:             [depth, 2, B]     DropPath's factors of the attention and MLP branches; None: nothing dropped
+        read_masked:      whether only the masked patches are read: the last block does no more than these need
         ->                [B, P+1, D]       CLS first; fp32 under autocast too
-        Raises ValueError for pictures of another size.
+                          [B*M, D]          with read_masked: normed, under autocast in its dtype; those of empty slots
+                                            mean nothing
+        Raises ValueError for pictures of another size, or where masked patches are to be read and there are none.
         """
+        if read_masked and masked_positions is None:
+            raise ValueError("Encoder: read_masked needs masked_positions, but they are None; give them, or read all")
         side = self.image_size
         if pixels.shape[1:] != (3, side, side):
             raise ValueError(f"Encoder: expected pixels [B, 3, {side}, {side}], but got {list(pixels.shape)}")
@@ -304,9 +329,13 @@ class Encoder(nn.Module):
         h_BND = norms[0](x_BND)
         for layer, block in enumerate(self.blocks):
             keep_2B = None if keep is None else keep[layer]
-            next_norm = norms[layer + 1] if layer + 1 < len(norms) else None
-            x_BND, h_BND = call_or_checkpoint(block, x_BND, h_BND, bias, keep_2B, next_norm)
-        return x_BND
+            next_norm, read_BM = None, None
+            if layer + 1 < len(norms):
+                next_norm = norms[layer + 1]
+            elif read_masked:
+                next_norm, read_BM = self.norm, masked_positions
+            x_BND, h_BND = call_or_checkpoint(block, x_BND, h_BND, bias, keep_2B, next_norm, read_BM)
+        return h_BND.flatten(0, 1) if read_masked else x_BND
 
     def compile_blocks(self) -> None:
         """Have `torch.compile` compile the blocks when they are first called, all of one kind once.

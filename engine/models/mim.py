@@ -105,9 +105,9 @@ class MaskedImageModel(nn.Module):
         keep = None
         if self.training and self.drops_paths and sample_ids is not None:
             keep = keep_scales(sample_ids, self.encoder.drop_path_rates, seed)
-        x_BND = self.encoder(self.normalize(patch_view), masked_positions, keep)
+        h_RD = self.encoder(self.normalize(patch_view), masked_positions, keep, read_masked=True)
         targets_BM = token_ids.gather(1, masked_positions.clamp_min(0)).masked_fill(masked_positions < 0, IGNORED)
-        loss, accuracy = self.lm_head(self.encoder.norm(x_BND, masked_positions), targets_BM.flatten())
+        loss, accuracy = self.lm_head(h_RD, targets_BM.flatten())
         return MimOutput(loss, accuracy)
 
     def logits(self, patch_view: Tensor, masked_positions: Tensor) -> Tensor:
@@ -115,6 +115,5 @@ class MaskedImageModel(nn.Module):
 
         patch_view [B, 3, S, S] uint8, masked_positions int64 [B, M] -> [B, M, V]; those of empty slots mean nothing.
         """
-        x_BND = self.encoder(self.normalize(patch_view), masked_positions)
-        logits_RV = self.lm_head(self.encoder.norm(x_BND, masked_positions))
+        logits_RV = self.lm_head(self.encoder(self.normalize(patch_view), masked_positions, read_masked=True))
         return logits_RV.unflatten(0, masked_positions.shape)

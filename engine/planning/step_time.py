@@ -121,7 +121,8 @@ def pass_operations(model: ModelSettings, *, bf16: bool, recompute: Recompute = 
     """
     scaled = 1 if model.layer_scale else 0
     again = {"none": 0, "mlp": 2 + 4 * bf16, "block": 19 + 2 * scaled + 12 * bf16}[recompute]
-    return model.depth * (47 + 16 * scaled + 26 * bf16 + again) + 100 + 56 * scaled + 16 * bf16
+    in_last = 20 if recompute == "block" else 0  # its tokens are chosen, and their norm made, again
+    return model.depth * (47 + 16 * scaled + 26 * bf16 + again) + 97 + 56 * scaled + 16 * bf16 + in_last
 
 
 def encoding_operations(tokenizer: TokenizerSize, *, bf16: bool) -> int:
@@ -157,7 +158,9 @@ def step_time(
     parameters = parameter_count(settings.model, settings.data.image_size, tokenizer.vocab_size)
     flops = pretraining_flops(settings.model, settings.data.image_size, settings.mask.num_patches, tokenizer.vocab_size)
     recompute = settings.train.recompute
-    again = recomputed_flops(settings.model, settings.data.image_size, recompute, zero_stage=stage)
+    again = recomputed_flops(
+        settings.model, settings.data.image_size, settings.mask.num_patches, recompute, zero_stage=stage
+    )
     rate = 1e12 * settings.mfu * (gpu.bf16_tflops if bf16 else gpu.fp32_tflops)
     arithmetic = micro_batch * (flops + again) / rate
     operations = pass_operations(settings.model, bf16=bf16, recompute=recompute)

@@ -204,32 +204,36 @@ def state_memory(settings: Settings, vocab_size: int, config: Mapping[str, Any],
     return StateMemory(held, summed, own, 0.0, reduced, host)
 
 
-def block_rows(settings: Settings, run: Pass) -> dict[str, float]:
+def block_rows(settings: Settings, run: Pass, *, last: bool) -> dict[str, float]:
     """Bytes that one block needs from the forward to the backward pass for one picture, weights excepted.
 
-    residual stream     2 N D 4      before each norm
-    branches            2 N D 4      before LayerScale, whose gradient needs them; none without LayerScale
-    factors             2 D 4        LayerScale times DropPath, where there are both
-    normed, attended    3 N D a      what the linears read: qkv, projection, fc1
+    T tokens of it are left after attention: N, and of the last block M, for the loss reads no more.
+
+    residual stream     (N + T) D 4    before each norm
+    branches            2 T D 4        before LayerScale, whose gradient needs them; none without LayerScale
+    factors             2 D 4          LayerScale times DropPath, where there are both
+    normed, attended    (N + 2 T) D a  what the linears read: qkv, projection, fc1; and in the last block N D a where
+                                       attention is fused, for it keeps all that it made
     query, key, value   3 N D a
-    scores              H N^2 a      softmax, which attention makes with autocast off, on a GPU as on a CPU;
-                                     fused attention keeps 4 H N, the logarithm of its sum
-    MLP                 2 N C a      before and after GELU
-    norms               4 N 4        mean and deviation
+    scores              H N^2 a        softmax, which attention makes with autocast off, on a GPU as on a CPU;
+                                       fused attention keeps 4 H N, the logarithm of its sum
+    MLP                 2 T C a        before and after GELU
+    norms               (N + T) 2 4    mean and deviation
     """
     model = settings.model
     wide = 2 if run.bf16 else FP32
     tokens, width = settings.num_patches + 1, model.width
-    stream, branch = FP32 * tokens * width, wide * tokens * width
+    left = settings.mask.num_patches if last else tokens
+    attended = 0 if run.keeps_scores or not last else tokens
     return {
-        "residual stream": 2.0 * stream,
-        "branches": 2.0 * stream if model.layer_scale else 0.0,
+        "residual stream": float(FP32 * (tokens + left) * width),
+        "branches": 2.0 * FP32 * left * width if model.layer_scale else 0.0,
         "factors": 2.0 * FP32 * width if model.layer_scale and model.drop_path else 0.0,
-        "normed, attended": 3.0 * branch,
-        "query, key, value": 3.0 * branch,
+        "normed, attended": float(wide * (tokens + 2 * left + attended) * width),
+        "query, key, value": 3.0 * wide * tokens * width,
         "scores": float(model.num_heads * tokens * (tokens * wide if run.keeps_scores else FP32)),
-        "MLP": 2.0 * wide * tokens * hidden_width(model),
-        "norms": 4.0 * FP32 * tokens,
+        "MLP": 2.0 * wide * left * hidden_width(model),
+        "norms": 2.0 * FP32 * (tokens + left),
     }
 
 
@@ -241,25 +245,39 @@ def rounded_bias(settings: Settings, run: Pass) -> float:
     return float(model.num_heads * tokens * (-(-tokens // 16) * 16) * (2 if run.bf16 else FP32))
 
 
-def kept_of_a_block(settings: Settings, run: Pass) -> float:
+def kept_of_a_block(settings: Settings, run: Pass, *, last: bool) -> float:
     """Bytes that are kept of one block for one picture, by `train.recompute`.
 
     none    all of `block_rows`
     mlp     the same without MLP
     block   N D (4 + a): its inputs, the residual stream and what was normed
     """
-    rows = block_rows(settings, run)
+    rows = block_rows(settings, run, last=last)
     if settings.train.recompute == "block":
         return float((settings.num_patches + 1) * settings.model.width * (FP32 + (2 if run.bf16 else FP32)))
     return sum(rows.values()) - (rows["MLP"] if settings.train.recompute == "mlp" else 0.0)
 
 
-def saved_activations(settings: Settings, run: Pass) -> float:
-    """Bytes that are kept from the forward to the backward pass, weights excepted.
+def kept_of_the_head(settings: Settings, run: Pass) -> float:
+    """Bytes that are kept of the head for one picture: M D (4 + a) of rows and 4 M V of log-probabilities.
 
-    For each picture `kept_of_a_block` for each block, the patches, 3 S^2 a, and in the head M D (4 + a) of rows and
-    4 M V of log-probabilities. Where a block's inputs alone are kept, what the first block gets was normed before it:
-    N D 4, not N D a, and 2 N 4 of the norm.
+    The rows before the final norm, M D 4, are the last block's own where that is made again.
+    """
+    wide = 2 if run.bf16 else FP32
+    stream = 0 if settings.train.recompute == "block" else FP32
+    return float(settings.mask.num_patches * (settings.model.width * (stream + wide) + FP32 * run.vocab_size))
+
+
+def saved_activations(settings: Settings, run: Pass) -> float:
+    """Bytes that are kept from the forward to the backward pass, weights excepted: of the blocks and of the head."""
+    return saved_by_blocks(settings, run, settings.model.depth) + run.micro_batch * kept_of_the_head(settings, run)
+
+
+def saved_by_blocks(settings: Settings, run: Pass, count: int) -> float:
+    """Bytes that are kept of the patches and of the first `count` blocks.
+
+    For each picture `kept_of_a_block` for each block, and the patches, 3 S^2 a. Where a block's inputs alone are kept,
+    what the first block gets was normed before it: N D 4, not N D a, and 2 N 4 of the norm.
 
     Once a pass there is the bias, H N (N to the next 16): fused attention keeps it rounded for each block, a bytes
     each, and as an input of blocks the shared one is kept in fp32, and where a is 2 rounded too.
@@ -267,19 +285,18 @@ def saved_activations(settings: Settings, run: Pass) -> float:
     model, image_size = settings.model, settings.data.image_size
     wide = 2 if run.bf16 else FP32
     tokens, width = settings.num_patches + 1, model.width
-    blocks = model.depth * kept_of_a_block(settings, run)
+    blocks = sum(kept_of_a_block(settings, run, last=layer == model.depth - 1) for layer in range(count))
     bias = 0.0
     if settings.train.recompute == "block":
         blocks += tokens * (width * (FP32 - wide) + 2 * FP32)
         if model.rel_pos_bias == "shared":
             bias = rounded_bias(settings, run) * (3 if run.bf16 else 1)
     elif not run.keeps_scores:
-        bias = model.depth * rounded_bias(settings, run)
-    head = settings.mask.num_patches * (width * (FP32 + wide) + FP32 * run.vocab_size)
-    return run.micro_batch * (blocks + 3 * image_size**2 * wide + head) + bias
+        bias = count * rounded_bias(settings, run)
+    return run.micro_batch * (blocks + 3 * image_size**2 * wide) + bias
 
 
-def computed_again(settings: Settings, run: Pass, stage: int) -> float:
+def computed_again(settings: Settings, run: Pass, stage: int, *, last: bool) -> float:
     """Bytes of one block that the backward pass has made again when it comes to the block's MLP.
 
     Of `block_rows` what was not kept, but of the norms the second alone: the first is made before a block is. Under
@@ -288,7 +305,7 @@ def computed_again(settings: Settings, run: Pass, stage: int) -> float:
     model, recompute = settings.model, settings.train.recompute
     if recompute == "none":
         return 0.0
-    made = sum(block_rows(settings, run).values()) - kept_of_a_block(settings, run)
+    made = sum(block_rows(settings, run, last=last).values()) - kept_of_a_block(settings, run, last=last)
     weights = 2.0 * model.width * hidden_width(model)
     bias = 0.0
     if recompute == "block":
@@ -296,6 +313,12 @@ def computed_again(settings: Settings, run: Pass, stage: int) -> float:
         weights += 4 * model.width**2
         bias = 0.0 if run.keeps_scores else rounded_bias(settings, run)
     return run.micro_batch * made + bias + (2 * weights if run.bf16 and stage < 3 else 0.0)
+
+
+def bias_sums(settings: Settings) -> float:
+    """Bytes of the sum of the gradients of a shared bias, which is there once the last block is through: 4 H N^2."""
+    shared = settings.model.rel_pos_bias == "shared"
+    return float(FP32 * settings.model.num_heads * (settings.num_patches + 1) ** 2) if shared else 0.0
 
 
 def working_tensors(settings: Settings, run: Pass, stage: int) -> float:
@@ -306,83 +329,115 @@ def working_tensors(settings: Settings, run: Pass, stage: int) -> float:
     The loss makes the gradient of the log-probabilities and from it that of the logits: 8 M V for a picture. Then the
     head makes the gradient of its weight, 4 D V (under autocast first in bf16, in place of the weight's copy).
 
-    After it, with the head's own tensors gone, the last MLP has the gradients of the residual stream (4 N D; without
-    LayerScale nothing has gone in its place), of its output (a N D) and of its hidden layer (a N C) at a time, and that
-    of a weight (4 D C, under autocast in both); and what was made again.
+    After it, with the head's own tensors gone, comes the last block. It is left with few tokens, so the block before it
+    may need more, though what was kept of the last is gone then: that has all tokens, and beside it the sum of the
+    gradients of a shared bias.
+    """
+    model = settings.model
+    wide = 2 if run.bf16 else FP32
+    logits = settings.mask.num_patches * run.vocab_size
+    gone = run.micro_batch * kept_of_the_head(settings, run)
+    moments = [
+        end_of_the_forward_pass(settings, run, stage),
+        run.micro_batch * 2 * FP32 * logits,
+        run.micro_batch * (wide - FP32) * logits + FP32 * model.width * run.vocab_size,
+        in_a_block(settings, run, stage, last=True) - gone,
+    ]
+    if model.depth > 1:
+        gone += run.micro_batch * kept_of_a_block(settings, run, last=True)
+        moments.append(in_a_block(settings, run, stage, last=False) + bias_sums(settings) - gone)
+    return float(max(moments))
+
+
+def in_a_block(settings: Settings, run: Pass, stage: int, *, last: bool) -> float:
+    """Bytes that the backward pass of a block needs beside what was kept: the most at any of three moments.
+
+    T tokens are left after attention, as in `block_rows`. A block that is made again ends, beside all that it makes,
+    with the residual stream after it, the norm of that and the gradients of both, in fp32 (16 T D), and under autocast
+    with the MLP's output (2 T D).
+
+    Its MLP has the gradients of the residual stream (4 T D; without LayerScale nothing has gone in its place), of its
+    output (a T D) and of its hidden layer (a T C) at a time, and that of a weight (a D C). Under autocast this gradient
+    becomes fp32 (4 D C) when its other tensors and the weight's copy have gone; at stage 3 there is no copy to go.
 
     Then, with the branches and the MLP's tensors gone, attention has the gradients of its output (a N D) and of the
-    softmax and the scores (2 H N^2 a); fused, that of the bias alone, but for each picture. In the blocks before the
-    last there is the sum of the gradients of a shared bias, 4 H N^2, in place of what was kept of a block.
+    softmax and the scores (2 H N^2 a); fused, that of the bias alone, but for each picture. In the last block the
+    gradient of the residual stream is that of all tokens again: 4 (N - T) D more.
     """
     model = settings.model
     wide = 2 if run.bf16 else FP32
     tokens, width, hidden = settings.num_patches + 1, model.width, hidden_width(model)
-    rows, again = block_rows(settings, run), computed_again(settings, run, stage)
-    logits = settings.mask.num_patches * run.vocab_size
-    of_head = FP32 * logits + settings.mask.num_patches * width * (FP32 + wide)
+    left = settings.mask.num_patches if last else tokens
+    rows, again = block_rows(settings, run, last=last), computed_again(settings, run, stage, last=last)
 
-    loss = run.micro_batch * 2 * FP32 * logits
-    head = run.micro_batch * (wide - FP32) * logits + FP32 * width * run.vocab_size
+    stream = 0 if model.layer_scale else FP32 * left * width
+    products = run.micro_batch * wide * left * (width + hidden) + wide * width * hidden
+    if run.bf16:
+        cast = FP32 * width * hidden
+        products = max(products, cast) if stage < 3 else products + cast
+    mlp = run.micro_batch * stream + products + again
 
-    stream = 0 if model.layer_scale else FP32 * tokens * width
-    mlp: float = run.micro_batch * (stream + wide * tokens * (width + hidden) - of_head)
-    mlp += (FP32 + (wide if run.bf16 else 0)) * width * hidden + again
+    made = 0.0
+    if settings.train.recompute == "block":
+        made = run.micro_batch * left * width * (4.0 * FP32 + (wide if run.bf16 else 0)) + again
 
     scores = 2 * rows["scores"] if run.keeps_scores else rounded_bias(settings, run)
-    attention = run.micro_batch * (scores + wide * tokens * width - rows["MLP"] - rows["branches"] - of_head)
+    stream = FP32 * (tokens - left) * width
+    attention = run.micro_batch * (scores + wide * tokens * width + stream - rows["MLP"] - rows["branches"])
     attention += again - (4 * width * hidden if run.bf16 and stage < 3 else 0)
-    if model.rel_pos_bias == "shared" and model.depth > 1:
-        sums = FP32 * model.num_heads * tokens**2
-        attention += max(0.0, sums - run.micro_batch * kept_of_a_block(settings, run))
-    return float(max(end_of_the_forward_pass(settings, run, stage), loss, head, mlp, attention))
+    return max(made, mlp, attention)
 
 
 def end_of_the_forward_pass(settings: Settings, run: Pass, stage: int) -> float:
-    """Bytes that the end of the forward pass needs beside what was saved, where it can need the most; else 0.
+    """Bytes that the end of the forward pass needs beside what was saved: the most at any of three moments.
 
-    That is where autocast keeps copies of weights until then that autograd does not keep. Beside them the loss makes
-    the logits, 4 M V for a picture. Before it, with nothing of the head there but still the pixels in fp32, 12 S^2, the
-    last block makes what it does not keep: within its MLP, MLP, where fc2 has no copy yet; or in all of it the four
-    tensors of attention (4 N D a) with the scores and their softmax, or three times the residual stream and a branch.
+    Autocast keeps copies of weights until then that autograd does not keep. Beside them the loss makes the logits,
+    4 M V for a picture.
+
+    Before it nothing of the head is there, but still the pixels in fp32, 12 S^2. The last block ends with its MLP's
+    output, M D a, and under autocast the normed rows in fp32, 4 M D; or has had, within its MLP, what is not kept.
+
+    Before that the last block's attention is the last that has all tokens, and nothing that comes after it is there:
+    in plain torch it has query, key, value and output (4 N D a) and the scores beside what it keeps; in a block that is
+    made again it keeps nothing, so that the softmax comes to that, and fused it has as much.
     """
     model, recompute = settings.model, settings.train.recompute
-    if recompute == "none" or not run.bf16 or stage == 3:
-        return 0.0
-    tokens, width = settings.num_patches + 1, model.width
-    rows = block_rows(settings, run)
-    logits = settings.mask.num_patches * run.vocab_size
-    of_head = FP32 * logits + settings.mask.num_patches * width * (FP32 + 2)
-    weight = 2 * width * hidden_width(model)
-    copies = model.depth * 2 * weight
-    made = rows["MLP"]
+    wide = 2 if run.bf16 else FP32
+    tokens, width, masked = settings.num_patches + 1, model.width, settings.mask.num_patches
+    rows = block_rows(settings, run, last=True)
+    logits = run.micro_batch * FP32 * masked * run.vocab_size
+    pixels = run.micro_batch * 3 * FP32 * settings.data.image_size**2
+
+    mlp = 2 * width * hidden_width(model)
+    copies = copies_of_last = 0
+    if run.bf16 and stage < 3:
+        copies = 2 * model.depth * {"none": 0, "mlp": mlp, "block": mlp + 4 * width**2}[recompute]
+        copies_of_last = 2 * (mlp + width**2)
+    before_head = copies + pixels - (2 * width * run.vocab_size if run.bf16 else 0)
+
+    end = rows["MLP"] if recompute != "none" else float(masked * width * (wide + (FP32 if run.bf16 else 0)))
+
+    in_attention, after = 0.0, 0.0
+    if run.keeps_scores or recompute == "block":
+        in_attention = 4 * wide * tokens * width + rows["scores"]
     if recompute == "block":
-        copies += model.depth * 8 * width**2
-        weight = 0
-        in_attention = 8 * tokens * width + (2 if run.keeps_scores else 1) * rows["scores"]
-        made = max(in_attention, tokens * width * (3 * FP32 + 2))
-    in_block = run.micro_batch * (made + 3 * FP32 * settings.data.image_size**2 - of_head) - weight
-    return copies + max(run.micro_batch * FP32 * logits, in_block)
+        in_attention += rows["scores"] if run.keeps_scores else 0
+    else:
+        after = masked * width * (FP32 + 2 * wide) + rows["branches"] + (rows["MLP"] if recompute == "none" else 0)
+    attention = run.micro_batch * (in_attention - after - kept_of_the_head(settings, run)) - copies_of_last
+
+    return max(copies + logits, before_head + run.micro_batch * end - logits, before_head + attention)
 
 
 def of_the_first_block(settings: Settings, run: Pass, stage: int) -> float:
-    """Bytes of activations and working tensors when nothing but the first block is left for the backward pass.
-
-    They are those of a model of one block without a head, and the sum of the gradients of a shared bias, 4 H N^2.
-    """
-    model = settings.model
-    alone = settings.model_copy(
-        update={
-            "model": model.model_copy(update={"depth": 1}),
-            "mask": settings.mask.model_copy(update={"num_patches": 0}),
-        }
-    )
-    sums = FP32 * model.num_heads * (settings.num_patches + 1) ** 2 if model.rel_pos_bias == "shared" else 0
-    headless = replace(run, vocab_size=0)
+    """Bytes of activations and working tensors when nothing but the first block is left for the backward pass."""
+    last = settings.model.depth == 1
+    alone = settings.model_copy(update={"model": settings.model.model_copy(update={"depth": 1})})
     return (
-        saved_activations(alone, headless)
-        + working_tensors(alone, headless, stage)
-        + bf16_weights(alone, headless, stage)
-        + sums
+        saved_by_blocks(settings, run, 1)
+        + in_a_block(settings, run, stage, last=last)
+        + bf16_weights(alone, replace(run, vocab_size=0), stage)
+        + bias_sums(settings)
     )
 
 

@@ -1,4 +1,4 @@
-"""LayerNorm of the masked rows alone, and its gradient for all rows: the kernels of gather_masked.
+"""The masked rows alone, through LayerNorm or as they are, and the gradient of all: the kernels of gather_masked.
 
 For slot m of a picture with patch p = positions[m] and x = row `prefix + p` of its tokens:
 
@@ -9,6 +9,8 @@ and with xhat = (x - mean) * rstd and h = weight * grad, over the channels of a 
 
     grad_x = rstd * (h - h.mean() - xhat * (h * xhat).mean())                       zeros for rows that no slot has
     grad_weight, grad_bias = (grad * xhat), grad                                    summed over the slots
+
+Without a weight there is no LayerNorm: out = x, grad_x = grad, and neither mean nor rstd.
 
 The backward goes over the rows of x, finds the slot of each and writes it once: no atomics, no zeros written first.
 
@@ -49,11 +51,11 @@ def store_normed(
 def gather_fwd_kernel(
     x_ptr,  # [B, N, D]
     positions_ptr,  # int64 [B, M]
-    weight_ptr,  # [D]
-    bias_ptr,  # [D]
+    weight_ptr,  # [D] or None, and so the next
+    bias_ptr,
     out_ptr,  # [B, M, D]
-    mean_ptr,  # [B, M]
-    rstd_ptr,  # [B, M]
+    mean_ptr,  # [B, M] or None without a weight, and so the next
+    rstd_ptr,
     num_rows,  # B * M
     num_tokens,
     num_slots,
@@ -72,28 +74,34 @@ def gather_fwd_kernel(
     is_slot = (patches >= 0) & (patches < num_tokens - num_prefix_tokens)
     x_rows = (rows // num_slots) * num_tokens + num_prefix_tokens + patches
     main = load_rows(x_ptr, x_rows, is_slot, 0, MAIN, D, ACC)
-    total = tl.sum(main, axis=1)
     if TAIL:
         tail = load_rows(x_ptr, x_rows, is_slot, MAIN, TAIL, D, ACC)
-        total += tl.sum(tail, axis=1)
-    mean = total / D
-    main = centre(main, mean, 0, MAIN, D)
-    squares = tl.sum(main * main, axis=1)
-    if TAIL:
-        tail = centre(tail, mean, MAIN, TAIL, D)
-        squares += tl.sum(tail * tail, axis=1)
-    rstd = 1.0 / tl.sqrt(squares / D + EPS)
-    tl.store(mean_ptr + rows, mean, mask=inside)
-    tl.store(rstd_ptr + rows, rstd, mask=inside)
-    store_normed(weight_ptr, bias_ptr, out_ptr, main * rstd[:, None], rows, inside, is_slot, 0, MAIN, D, ACC)
-    if TAIL:
-        store_normed(weight_ptr, bias_ptr, out_ptr, tail * rstd[:, None], rows, inside, is_slot, MAIN, TAIL, D, ACC)
+    if weight_ptr is None:
+        store_rows(out_ptr, rows, inside, main, 0, MAIN, D)
+        if TAIL:
+            store_rows(out_ptr, rows, inside, tail, MAIN, TAIL, D)
+    else:
+        total = tl.sum(main, axis=1)
+        if TAIL:
+            total += tl.sum(tail, axis=1)
+        mean = total / D
+        main = centre(main, mean, 0, MAIN, D)
+        squares = tl.sum(main * main, axis=1)
+        if TAIL:
+            tail = centre(tail, mean, MAIN, TAIL, D)
+            squares += tl.sum(tail * tail, axis=1)
+        rstd = 1.0 / tl.sqrt(squares / D + EPS)
+        tl.store(mean_ptr + rows, mean, mask=inside)
+        tl.store(rstd_ptr + rows, rstd, mask=inside)
+        store_normed(weight_ptr, bias_ptr, out_ptr, main * rstd[:, None], rows, inside, is_slot, 0, MAIN, D, ACC)
+        if TAIL:
+            store_normed(weight_ptr, bias_ptr, out_ptr, tail * rstd[:, None], rows, inside, is_slot, MAIN, TAIL, D, ACC)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_tokens", "num_slots", "num_prefix_tokens", "rows_a_program"])
 def gather_bwd_kernel(
     grad_ptr,  # [B, M, D]
-    x_ptr,  # [B, N, D]
+    x_ptr,  # [B, N, D]; None without a weight, and so the next four
     positions_ptr,  # int64 [B, M]
     weight_ptr,  # [D]
     mean_ptr,  # [B, M]
@@ -134,37 +142,42 @@ def gather_bwd_kernel(
         slots = find_slots(positions_ptr, pictures, patches, inside, num_slots, CHUNK, CHUNKS)
         is_slot = slots >= 0
         grad_rows = pictures * num_slots + slots
-        mean = tl.load(mean_ptr + grad_rows, mask=is_slot, other=0.0)
-        rstd = tl.load(rstd_ptr + grad_rows, mask=is_slot, other=0.0)
-
         grad_main = load_rows(grad_ptr, grad_rows, is_slot, 0, MAIN, D, ACC)
-        xhat_main = centre(load_rows(x_ptr, rows, is_slot, 0, MAIN, D, ACC), mean, 0, MAIN, D) * rstd[:, None]
-        h_main = weight_main[None, :] * grad_main
-        h_sum = tl.sum(h_main, axis=1)
-        h_xhat_sum = tl.sum(h_main * xhat_main, axis=1)
         if TAIL:
             grad_tail = load_rows(grad_ptr, grad_rows, is_slot, MAIN, TAIL, D, ACC)
-            x_tail = load_rows(x_ptr, rows, is_slot, MAIN, TAIL, D, ACC)
-            xhat_tail = centre(x_tail, mean, MAIN, TAIL, D) * rstd[:, None]
-            h_tail = weight_tail[None, :] * grad_tail
-            h_sum += tl.sum(h_tail, axis=1)
-            h_xhat_sum += tl.sum(h_tail * xhat_tail, axis=1)
-        h_mean, h_xhat_mean = h_sum[:, None] / D, h_xhat_sum[:, None] / D
-        if grad_x_ptr is not None:
-            grad_x_main = rstd[:, None] * (h_main - h_mean - xhat_main * h_xhat_mean)
-            store_rows(grad_x_ptr, rows, inside, grad_x_main, 0, MAIN, D)
-        if weight_sums_ptr is not None:
-            weight_sums_main += grad_main * xhat_main
-        if bias_sums_ptr is not None:
-            bias_sums_main += grad_main
-        if TAIL:
+        if weight_ptr is None:
+            store_rows(grad_x_ptr, rows, inside, grad_main, 0, MAIN, D)
+            if TAIL:
+                store_rows(grad_x_ptr, rows, inside, grad_tail, MAIN, TAIL, D)
+        else:
+            mean = tl.load(mean_ptr + grad_rows, mask=is_slot, other=0.0)
+            rstd = tl.load(rstd_ptr + grad_rows, mask=is_slot, other=0.0)
+            xhat_main = centre(load_rows(x_ptr, rows, is_slot, 0, MAIN, D, ACC), mean, 0, MAIN, D) * rstd[:, None]
+            h_main = weight_main[None, :] * grad_main
+            h_sum = tl.sum(h_main, axis=1)
+            h_xhat_sum = tl.sum(h_main * xhat_main, axis=1)
+            if TAIL:
+                x_tail = load_rows(x_ptr, rows, is_slot, MAIN, TAIL, D, ACC)
+                xhat_tail = centre(x_tail, mean, MAIN, TAIL, D) * rstd[:, None]
+                h_tail = weight_tail[None, :] * grad_tail
+                h_sum += tl.sum(h_tail, axis=1)
+                h_xhat_sum += tl.sum(h_tail * xhat_tail, axis=1)
+            h_mean, h_xhat_mean = h_sum[:, None] / D, h_xhat_sum[:, None] / D
             if grad_x_ptr is not None:
-                grad_x_tail = rstd[:, None] * (h_tail - h_mean - xhat_tail * h_xhat_mean)
-                store_rows(grad_x_ptr, rows, inside, grad_x_tail, MAIN, TAIL, D)
+                grad_x_main = rstd[:, None] * (h_main - h_mean - xhat_main * h_xhat_mean)
+                store_rows(grad_x_ptr, rows, inside, grad_x_main, 0, MAIN, D)
             if weight_sums_ptr is not None:
-                weight_sums_tail += grad_tail * xhat_tail
+                weight_sums_main += grad_main * xhat_main
             if bias_sums_ptr is not None:
-                bias_sums_tail += grad_tail
+                bias_sums_main += grad_main
+            if TAIL:
+                if grad_x_ptr is not None:
+                    grad_x_tail = rstd[:, None] * (h_tail - h_mean - xhat_tail * h_xhat_mean)
+                    store_rows(grad_x_ptr, rows, inside, grad_x_tail, MAIN, TAIL, D)
+                if weight_sums_ptr is not None:
+                    weight_sums_tail += grad_tail * xhat_tail
+                if bias_sums_ptr is not None:
+                    bias_sums_tail += grad_tail
 
     program = tl.program_id(0)
     store_partial(weight_sums_ptr, program, weight_sums_main, 0, MAIN, D)

@@ -135,22 +135,22 @@ def place_bwd(
 def gather_fwd(
     x: Tensor,
     positions: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     eps: float,
     num_prefix_tokens: int,
     out: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor | None,
 ) -> None:
-    """Fill out [B*M, D] and mean, rstd [B*M]."""
+    """Fill out [B*M, D] and mean, rstd [B*M], which are None without weight and bias."""
     rows = cut(x.shape[2], TILE)
     with on_device(x.device):
         gather_fwd_kernel[(triton.cdiv(positions.numel(), rows.rows),)](
             x.contiguous(),
             positions.contiguous(),
-            weight.contiguous(),
-            bias.contiguous(),
+            None if weight is None else weight.contiguous(),
+            None if bias is None else bias.contiguous(),
             out,
             mean,
             rstd,
@@ -165,41 +165,44 @@ def gather_fwd(
 
 def gather_bwd(
     grad: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     positions: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
     num_prefix_tokens: int,
     grad_x: Tensor | None,
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None:
-    """Fill the gradients that are given."""
-    num_rows, num_slots, width = x.shape[0] * x.shape[1], positions.shape[1], x.shape[2]
+    """Fill the gradients that are given; without x, weight, mean and rstd that of x is all there is."""
+    like = grad_x if x is None else x
+    assert like is not None
+    num_tokens, width = like.shape[1:]
+    num_rows, num_slots = like.shape[0] * num_tokens, positions.shape[1]
     rows = _cut(width, num_slots)
-    rows_each = rows_a_program(num_rows, rows, arch_of(x.device))
+    rows_each = rows_a_program(num_rows, rows, arch_of(like.device))
     num_partials = triton.cdiv(num_rows, rows_each)
     weight_sums, bias_sums = (_partials(out, num_partials, width) for out in (grad_weight, grad_bias))
-    with on_device(x.device):
+    with on_device(like.device):
         gather_bwd_kernel[(num_partials,)](
             grad.contiguous(),
-            x.contiguous(),
+            None if x is None else x.contiguous(),
             positions.contiguous(),
-            weight.contiguous(),
+            None if weight is None else weight.contiguous(),
             mean,
             rstd,
             grad_x,
             weight_sums,
             bias_sums,
             num_rows,
-            x.shape[1],
+            num_tokens,
             num_slots,
             num_prefix_tokens,
             rows_each,
             STAGES=STAGES,
             **_slot_arguments(num_slots, rows),
-            **row_arguments(width, rows, x.dtype, BACKWARD_WARPS),
+            **row_arguments(width, rows, like.dtype, BACKWARD_WARPS),
         )
         if weight_sums is not None or bias_sums is not None:
             gather_sums_kernel[(triton.cdiv(width, SUM_CONFIG["COLS"]), 2)](

@@ -41,7 +41,7 @@ RESTORE = Operator(
     REQUIREMENTS,
 )
 GATHER = Operator(
-    "gather_masked(Tensor x, Tensor masked_positions, Tensor weight, Tensor bias, float eps, int num_prefix_tokens, "
+    "gather_masked(Tensor x, Tensor masked_positions, Tensor? weight, Tensor? bias, float eps, int num_prefix_tokens, "
     "str impl) -> Tensor",
     {Impl.REFERENCE: gather_masked_reference, Impl.TRITON: gather_masked_triton},
     REFERENCE_FIRST,
@@ -188,21 +188,22 @@ def restore_tokens(
 def gather_masked(
     x: Tensor,
     masked_positions: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     *,
     eps: float = 1e-6,
     num_prefix_tokens: int = 1,
     impl: str | Impl = AUTO,
 ) -> Tensor:
-    """The encoder's output at the masked patches, through the final LayerNorm.
+    """The rows of the masked patches, through a LayerNorm or as they are.
 
     x:                 [B, N, D]    floating point
     masked_positions:  int64 [B, M] masked patches, 0..N-num_prefix_tokens-1, each once; -1 is an empty slot
-    weight, bias:      [D]          of the LayerNorm, with `eps`
+    weight, bias:      [D]          of the LayerNorm, with `eps`; or both None: no LayerNorm
     num_prefix_tokens: tokens before the first patch: 1 with a CLS token
     ->                 [B*M, D]     row b*M+m is LayerNorm(x[b, num_prefix_tokens + masked_positions[b, m]]), for an
-                                    empty slot zeros without gradient; in the dtype of x, under autocast in autocast's
+                                    empty slot zeros without gradient; in the dtype of x, under autocast in autocast's;
+                                    without LayerNorm that row of x itself, under autocast too in the dtype of x
 
     LayerNorm works on single rows, so norming M rows after the gather equals gathering after norming all N.
     Statistics are in fp32 for half-precision inputs. Positions are checked as in `embed_tokens`.
@@ -213,8 +214,12 @@ def gather_masked(
     check_shape(name, "x", x, "B", "N", "D")
     num_pictures, num_tokens, width = x.shape
     check_shape(name, "masked_positions", masked_positions, num_pictures, "M")
-    check_shape(name, "weight", weight, width)
-    check_shape(name, "bias", bias, width)
+    if (weight is None) != (bias is None):
+        missing = "weight" if weight is None else "bias"
+        raise ValueError(f"{name}: weight and bias must both be given or both be None, but {missing} alone is None")
+    if weight is not None and bias is not None:
+        check_shape(name, "weight", weight, width)
+        check_shape(name, "bias", bias, width)
     check_float(name, x=x, weight=weight, bias=bias)
     check_int64(name, masked_positions=masked_positions)
     check_same_device(name, "x", x, masked_positions=masked_positions, weight=weight, bias=bias)

@@ -1,6 +1,7 @@
 """Masked tokens in torch, the specification: what goes into an encoder or decoder in their place, what is taken out.
 
-B pictures, P patches, N tokens, M slots for masked patches, V for visible ones, D channels. Slots of -1 are padding.
+B pictures, P patches, N tokens, M slots for masked patches, R = B*M, V slots for visible patches, D channels. Slots of
+-1 are padding.
 """
 
 import torch
@@ -62,11 +63,18 @@ def restore_tokens_reference(
 
 
 def gather_masked_reference(
-    x_BND: Tensor, masked_positions_BM: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, num_prefix_tokens: int
+    x_BND: Tensor,
+    masked_positions_BM: Tensor,
+    weight_D: Tensor | None,
+    bias_D: Tensor | None,
+    eps: float,
+    num_prefix_tokens: int,
 ) -> Tensor:
-    """LayerNorm of the rows num_prefix_tokens + position; zeros for padding: [B,N,D] -> [B*M,D]."""
+    """The rows num_prefix_tokens + position, normed where weights are given; zeros for padding: [B,N,D] -> [B*M,D]."""
     num_pictures, num_tokens, width = x_BND.shape
     first_row_B1 = torch.arange(num_pictures, device=x_BND.device)[:, None] * num_tokens + num_prefix_tokens
     rows = (first_row_B1 + masked_positions_BM.clamp_min(0)).flatten()
-    normed = layer_norm(x_BND.reshape(-1, width).index_select(0, rows), weight_D, bias_D, eps)
-    return torch.where(masked_positions_BM.reshape(-1, 1) < 0, 0, normed)
+    x_RD = x_BND.reshape(-1, width).index_select(0, rows)
+    if weight_D is not None and bias_D is not None:
+        x_RD = layer_norm(x_RD, weight_D, bias_D, eps)
+    return torch.where(masked_positions_BM.reshape(-1, 1) < 0, 0, x_RD)

@@ -25,8 +25,9 @@ def cases() -> Iterator[Case]:
             for place in NUM_SLOTS:
                 launches = partial(launch_place, place, width, STREAMS[stream])
                 yield Case(arch, f"{place} D={width} x={stream}", "in order", launches)
-            launches = partial(launch_gather, width, STREAMS[stream])
-            yield Case(arch, f"gather D={width} x={stream}", "in order", launches)
+            for normed, what in ((True, "gather"), (False, "rows")):
+                launches = partial(launch_gather, width, STREAMS[stream], normed=normed)
+                yield Case(arch, f"{what} D={width} x={stream}", "in order", launches)
     for arch, num_patches in NARROW:
         shape = f"D=64 P={num_patches} x=bf16"
         yield Case(arch, f"embed {shape}", "in order", partial(launch_place, "embed", 64, num_patches=num_patches))
@@ -53,11 +54,18 @@ def launch_place(place: str, width: int, stream: torch.dtype = torch.bfloat16, n
     place_bwd(place, out, positions, num_patches, source, mask_token, pos_embed)
 
 
-def launch_gather(width: int, stream: torch.dtype = torch.bfloat16, num_patches: int = NUM_PATCHES) -> None:
+def launch_gather(
+    width: int, stream: torch.dtype = torch.bfloat16, num_patches: int = NUM_PATCHES, *, normed: bool = True
+) -> None:
     """Forward and backward with every gradient, on tensors that hold nothing."""
     num_slots = NUM_SLOTS["embed"] * num_patches // NUM_PATCHES
     x = _empty(BATCH, num_patches + 1, width, dtype=stream)
     positions = _empty(BATCH, num_slots, dtype=torch.int64)
+    if not normed:
+        rows = _empty(BATCH * num_slots, width, dtype=stream)
+        gather_fwd(x, positions, None, None, 1e-6, 1, rows, None, None)
+        gather_bwd(rows, None, positions, None, None, None, 1, x, None, None)
+        return
     weight, bias = (_empty(width, dtype=torch.float32) for _ in range(2))
     out = _empty(BATCH * num_slots, width, dtype=torch.bfloat16)
     mean, rstd = (_empty(BATCH * num_slots, dtype=torch.float32) for _ in range(2))

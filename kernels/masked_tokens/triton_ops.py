@@ -19,11 +19,11 @@ PLACE_BACKWARD = (
     "Tensor(b!)? grad_mask_token, Tensor(c!)? grad_tokens) -> ()"
 )
 GATHER_FORWARD = (
-    "(Tensor x, Tensor positions, Tensor weight, Tensor bias, float eps, int num_prefix_tokens, ScalarType dtype) "
+    "(Tensor x, Tensor positions, Tensor? weight, Tensor? bias, float eps, int num_prefix_tokens, ScalarType dtype) "
     "-> (Tensor out, Tensor mean, Tensor rstd)"
 )
 GATHER_BACKWARD = (
-    "(Tensor grad, Tensor x, Tensor positions, Tensor weight, Tensor mean, Tensor rstd, int num_prefix_tokens, "
+    "(Tensor grad, Tensor? x, Tensor positions, Tensor? weight, Tensor? mean, Tensor? rstd, int num_prefix_tokens, "
     "Tensor(a!)? grad_x, Tensor(b!)? grad_weight, Tensor(c!)? grad_bias) -> ()"
 )
 PUBLIC_NAMES = {"embed": "embed_tokens", "keep": "keep_visible", "restore": "restore_tokens"}
@@ -62,10 +62,15 @@ def restore_tokens_triton(
 
 
 def gather_masked_triton(
-    x_BND: Tensor, masked_positions_BM: Tensor, weight_D: Tensor, bias_D: Tensor, eps: float, num_prefix_tokens: int
+    x_BND: Tensor,
+    masked_positions_BM: Tensor,
+    weight_D: Tensor | None,
+    bias_D: Tensor | None,
+    eps: float,
+    num_prefix_tokens: int,
 ) -> Tensor:
-    """LayerNorm of the rows num_prefix_tokens + position; zeros for padding: [B,N,D] -> [B*M,D]."""
-    dtype = compute_dtype(x_BND)
+    """The rows num_prefix_tokens + position, normed where weights are given; zeros for padding: [B,N,D] -> [B*M,D]."""
+    dtype = x_BND.dtype if weight_D is None else compute_dtype(x_BND)
     _check("gather_masked", [dtype], x_BND, weight_D, bias_D)
     return torch.ops.fused_beit.gather_masked_fwd(
         x_BND, masked_positions_BM, weight_D, bias_D, eps, num_prefix_tokens, dtype
@@ -175,42 +180,44 @@ def _place_grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _empty_gather(
     x: Tensor,
     positions: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     eps: float,
     num_prefix_tokens: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out [B*M, D], mean and rstd [B*M]."""
+    """out [B*M, D], mean and rstd [B*M], or [0] where nothing is normed."""
     num_rows = positions.shape[0] * positions.shape[1]
-    mean, rstd = (x.new_empty((num_rows,), dtype=accumulate_dtype(x.dtype)) for _ in range(2))
+    num_normed = 0 if weight is None else num_rows
+    mean, rstd = (x.new_empty((num_normed,), dtype=accumulate_dtype(x.dtype)) for _ in range(2))
     return x.new_empty((num_rows, x.shape[2]), dtype=dtype), mean, rstd
 
 
 def _gather_forward(
     x: Tensor,
     positions: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     eps: float,
     num_prefix_tokens: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from .launch import gather_fwd
 
-    outputs = _empty_gather(x, positions, weight, bias, eps, num_prefix_tokens, dtype)
-    if outputs[0].numel():
-        gather_fwd(x, positions, weight, bias, eps, num_prefix_tokens, *outputs)
-    return outputs
+    out, mean, rstd = _empty_gather(x, positions, weight, bias, eps, num_prefix_tokens, dtype)
+    if out.numel():
+        statistics = (None, None) if weight is None else (mean, rstd)
+        gather_fwd(x, positions, weight, bias, eps, num_prefix_tokens, out, *statistics)
+    return out, mean, rstd
 
 
 def _gather_backward(
     grad: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     positions: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
     num_prefix_tokens: int,
     grad_x: Tensor | None,
     grad_weight: Tensor | None,
@@ -225,25 +232,26 @@ def _gather_backward(
 def _save_gather(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, positions, weight, bias, _, ctx.num_prefix_tokens, _ = inputs
     _, mean, rstd = output
-    ctx.bias_dtype = bias.dtype
-    ctx.save_for_backward(x, positions, weight, mean, rstd)
+    ctx.x_shape, ctx.x_dtype = x.shape, x.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    normed = (None,) * 4 if weight is None else (x, weight, mean, rstd)
+    ctx.save_for_backward(positions, *normed)
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
 
 
 def _gather_grads(ctx: Any, grad: Tensor | None, grad_mean: None, grad_rstd: None) -> tuple[Tensor | None, ...]:
+    want_x, _, want_weight, want_bias, *_ = ctx.needs_input_grad
     if grad is None:
         return (None,) * 7
-    want_x, _, want_weight, want_bias, *_ = ctx.needs_input_grad
-    x, positions, weight, mean, rstd = ctx.saved_tensors
-    shapes = (x.shape, weight.shape, weight.shape)
-    dtypes = (x.dtype, weight.dtype, ctx.bias_dtype)
-    new = torch.Tensor.new_empty if x.numel() else torch.Tensor.new_zeros
-    grads = [
-        new(x, shape, dtype=dtype) if want else None
-        for shape, dtype, want in zip(shapes, dtypes, (want_x, want_weight, want_bias), strict=True)
-    ]
-    if x.numel():
+    positions, x, weight, mean, rstd = ctx.saved_tensors
+    shape, width = ctx.x_shape, ctx.x_shape[-1:]
+    new = torch.Tensor.new_empty if shape.numel() else torch.Tensor.new_zeros
+    grad_x = new(grad, shape, dtype=ctx.x_dtype) if want_x else None
+    grad_weight = new(grad, width, dtype=weight.dtype) if want_weight else None
+    grad_bias = new(grad, width, dtype=ctx.bias_dtype) if want_bias else None
+    grads = grad_x, grad_weight, grad_bias
+    if shape.numel():
         torch.ops.fused_beit.gather_masked_bwd(grad, x, positions, weight, mean, rstd, ctx.num_prefix_tokens, *grads)
     grad_x, grad_weight, grad_bias = differentiable_once("gather_masked", grads, grad, x, weight)
     return grad_x, None, grad_weight, grad_bias, None, None, None

@@ -39,7 +39,7 @@ def _check_branch(name: str, x: Tensor, y: Tensor, gamma: Tensor | None, keep: T
 
 
 def residual_add(x: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None, *, impl: str | Impl = AUTO) -> Tensor:
-    """x + keep * gamma * y: LayerScale, DropPath and the residual add. For the last block, where no norm follows.
+    """x + keep * gamma * y: LayerScale, DropPath and the residual add, where no norm follows.
 
     x:     [B, N, D]  floating point, the residual stream
     y:     [B, N, D]  floating point, the output of the branch; may be of a narrower dtype than x

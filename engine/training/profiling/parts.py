@@ -30,7 +30,7 @@ PARTS: dict[type[nn.Module], Part] = {
     RelativePositionBias: Part.ATTENTION,
     Attention: Part.ATTENTION,
     Mlp: Part.MLP,
-    Block: Part.NORMS,  # what is in none of its modules: the last block's residual, which no norm follows
+    Block: Part.NORMS,  # what is in none of its modules: the masked rows of the residual stream, in the last one
     ResidualNorm: Part.NORMS,
     nn.LayerNorm: Part.NORMS,
     FinalNorm: Part.NORMS,

@@ -22,7 +22,7 @@ MEANING = {
     "embed": "pixels normalised, patches embedded, mask tokens, positions; dropped paths drawn, targets picked",
     "attention": "qkv, scores, softmax, values, projection, and the position bias",
     "MLP": "both linear maps and the GELU",
-    "norms, residuals": "LayerScale, dropped paths, residual and LayerNorm in one; the norm of the masked tokens",
+    "norms, residuals": "LayerScale, dropped paths, residual and LayerNorm in one; the masked rows of a residual",
     "head": "the linear map to the vocabulary and the loss",
     "optimizer": "norm of the gradient, clipping, AdamW",
     "communication": "collectives that DeepSpeed starts or waits for, wherever in the step",
