@@ -241,8 +241,8 @@ def about_mfu(benchmarks: Sequence[Mapping[str, Any]]) -> list[str]:
     if all(row.get("mfu", 0) <= 1 for row in rows):
         return []
     return [
-        "An MFU above 100% says that the machine was faster at that moment than when the run began, where its matrix "
-        "rate was measured: others may have had a share of it then.",
+        "An MFU above 100%: most likely the machine was faster then than when the run began, where its matrix rate was "
+        "measured; others may have had a share of it.",
         "",
     ]
 

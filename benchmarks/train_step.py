@@ -49,7 +49,7 @@ class Shape:
 
     @property
     def flops(self) -> float:
-        """FLOPs that a step demands, by the convention of `pretraining_flops`: for all providers the same."""
+        """FLOPs of a step as our engine makes it, by `pretraining_flops`: for all providers the same."""
         return self.batch * pretraining_flops(self.settings, self.image_size, self.num_masked, self.vocab_size)
 
 

@@ -175,7 +175,7 @@ class TrainSettings(Section):
     recompute: Recompute = "none"
     """Activations that are not kept for the backward pass but computed again in it, for less memory and more time:
     `mlp`: those within the MLP of each block; `block`: all of a block but its inputs."""
-    prefetch: Prefetch = "pictures"
+    prefetch: Prefetch = "none"
     """What a GPU gets of the next batch while a step runs: `pictures`: they are copied; `tokens`: their tokens are made
     too, for which it takes more memory. On a CPU nothing runs beside a step, and all three are the same."""
     stop_at_step: int | None = Field(None, ge=1)

@@ -189,7 +189,7 @@ assert main([], root) == 0
     )
     readme = (tmp_path / "README.md").read_text()
     assert f"| {mfu:.1%} |" in readme
-    assert ("An MFU above 100% says that the machine was faster at that moment" in readme) == said
+    assert ("An MFU above 100%: most likely the machine was faster" in readme) == said
 
 
 def test_results_that_mean_nothing_are_refused_in_a_sentence(published):

@@ -11,6 +11,7 @@ from fused_beit.engine.data.loading import Batch, Making
 from fused_beit.engine.tokenizer.files import load_tokenizer
 from fused_beit.engine.training.prefetch import FeedAhead
 from fused_beit.engine.training.pretraining import pretrain
+from fused_beit.engine.training.zero import ZeroEngine
 
 pytestmark = pytest.mark.gpu
 
@@ -41,6 +42,12 @@ def nothing(phase):
     pass
 
 
+def mark(stream):
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(stream)
+    return event
+
+
 @pytest.mark.parametrize("stage", [0, 1])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_losses_and_weights_are_the_same_bits_for_every_setting(tmp_path, tokenizer, stage, workers):
@@ -66,6 +73,29 @@ def test_a_batch_comes_while_the_gpu_computes(tokenizer, tokens, pinned):
     one.begin_next(nothing)
     one._stream.synchronize()
     assert not computing.query(), "the batch came only after what was computed"
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_in_a_run_the_next_batch_is_there_before_the_backward_pass_ends(tmp_path, tokenizer, stage, monkeypatch):
+    """At every ZeRO stage, though DeepSpeed waits for the device at the end of a backward pass."""
+    there, ends, backward, begin_next = [], [], ZeroEngine.backward, FeedAhead.begin_next
+
+    def slow_backward(engine, loss):
+        torch.cuda._sleep(SLEEP // 10)
+        backward(engine, loss)
+        ends.append(mark(torch.cuda.current_stream()))
+
+    def noted(feed, enter):
+        begin_next(feed, enter)
+        there.append(mark(feed._stream))
+
+    monkeypatch.setattr(ZeroEngine, "backward", slow_backward)
+    monkeypatch.setattr(FeedAhead, "begin_next", noted)
+    how = {"train__max_steps": 4, "train__impl": "reference", "zero__stage": stage, "data__val_share": 0}
+    assert pretrain(small_settings(tmp_path / "run", tokenizer, train__prefetch="pictures", **how))
+    torch.cuda.synchronize()
+    assert len(ends) == len(there) - 1 == 4  # the first batch was fetched for the first step itself
+    assert all(batch.elapsed_time(end) > 0 for batch, end in zip(there[1:], ends, strict=True))
 
 
 @pytest.mark.parametrize("tokens", [False, True], ids=["pictures", "tokens"])

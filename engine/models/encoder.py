@@ -61,7 +61,7 @@ def call_or_checkpoint(module: nn.Module, *inputs: Any) -> Any:
 
 def rows_of(x_BND: Tensor, positions_BM: Tensor, impl: str) -> Tensor:
     """The tokens of these patches, zeros for empty slots: [B, N, D], int64 [B, M] -> [B, M, D]."""
-    rows_RD = gather_masked(x_BND, positions_BM, None, None, impl=impl_besides_attention(impl))
+    rows_RD = gather_masked(x_BND, positions_BM, None, None, impl=impl)
     return rows_RD.unflatten(0, positions_BM.shape)
 
 
@@ -130,7 +130,7 @@ class Attention(nn.Module):
         qkv_BN3HK = qkv.unflatten(-1, (3, self.num_heads, -1))
         attended_BTD = rel_pos_attention(qkv_BN3HK, shared, impl=self.impl)
         if read_BM is not None:
-            attended_BTD = rows_of(attended_BTD, read_BM, self.impl)
+            attended_BTD = rows_of(attended_BTD, read_BM, impl_besides_attention(self.impl))
         return self.proj(attended_BTD)
 
 

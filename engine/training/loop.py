@@ -115,9 +115,9 @@ class Loop:
                 raise RankError(str(error)) from None
             enter(Phase.FORWARD)
             loss, accuracy = engine(batch.patch_view, batch.masked_positions, token_ids, batch.sample_ids, seed)
+            self.feed.begin_next(enter)  # before DeepSpeed waits for the device, at the end of a backward pass
             enter(Phase.BACKWARD)
             engine.backward(loss)
-            self.feed.begin_next(enter)
             enter(Phase.OPTIMIZER)
             engine.step()
             enter(Phase.REST)

@@ -461,7 +461,7 @@ def bf16_weights(settings: Settings, run: Pass, stage: int) -> float:
 
 def batch_memory(settings: Settings, run: Pass) -> float:
     """Bytes of the pictures as they come, two views of uint8, with their masks and tokens; of the next batch too, where
-    it comes while a step runs."""
+    it comes while a step runs. A host that is far ahead of its GPU may hold a third for a moment: not counted."""
     views = 3 * settings.data.image_size**2 + 3 * run.token_side**2
     batches = 1 if run.prefetch == "none" else 2
     return float(batches * run.micro_batch * (views + 8 * (settings.mask.num_patches + settings.num_patches + 1)))

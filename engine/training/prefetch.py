@@ -54,7 +54,7 @@ class Feed:
         return batch, tokens_of(self.engine, self.tokenizer, batch)
 
     def begin_next(self, enter: Enter) -> None:
-        """Get the batch after this one under way, if that is to be: all of the backward pass is queued."""
+        """Get the batch after this one under way, if that is to be: all of the forward pass is queued."""
 
     def copy(self, batch: Batch) -> Batch:
         return batch.to(self.engine.runtime.device, non_blocking=True)
@@ -75,7 +75,7 @@ class Coming(NamedTuple):
 class FeedAhead(Feed):
     """The same on a GPU, the next batch under way while a step runs; `tokens`: with its tokens.
 
-    The loader is asked before the optimizer, and the host waits there if no batch is ready; the time is that of
+    The loader is asked before the backward pass, and the host waits there if no batch is ready; the time is that of
     `Phase.DATA` as far as the device ran dry in it. What the loader raises then is raised when the batch would be
     taken: by then the step before is done, logged and saved, as it is where nothing is ahead.
     """
@@ -123,6 +123,10 @@ class FeedAhead(Feed):
                 enter(Phase.TOKENIZER)
                 tokens = tokens_of(self.engine, self.tokenizer, batch), self._stream.record_event()
         self._coming = Coming(batch, copied, tokens)
+
+    def close(self) -> None:
+        self._coming = None
+        super().close()
 
 
 def feed(batches: Generator[Batch], engine: ZeroEngine, tokenizer: DiscreteVAE, prefetch: Prefetch) -> Feed:
