@@ -10,7 +10,6 @@ import functools
 import io
 import itertools
 import os
-import shlex
 import sys
 import tomllib
 import typing
@@ -270,20 +269,6 @@ def options_of(settings: Settings) -> list[str]:
         else:
             argv += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
     return argv
-
-
-def resume_command(settings: Settings, done: int, *, ranks: int, local_ranks: int) -> str:
-    """The command that goes on with a run from its newest checkpoint, with as many ranks, as a shell is given it.
-
-    done:        steps up to that checkpoint; a `train.stop_at_step` that is reached would end the next session at once
-    local_ranks: ranks on each machine
-    """
-    stop = settings.train.stop_at_step
-    if stop is not None and stop <= done:
-        settings = settings.model_copy(update={"train": settings.train.model_copy(update={"stop_at_step": None})})
-    launcher = f"deepspeed --num_gpus {ranks}" if ranks == local_ranks else "deepspeed --hostfile HOSTS"
-    launcher = "python" if ranks == 1 else launcher
-    return f"{launcher} engine/pretrain.py {shlex.join(options_of(settings))} --resume auto"
 
 
 def field_names(section: type[Section], prefix: str = "") -> list[str]:

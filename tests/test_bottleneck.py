@@ -37,6 +37,14 @@ def test_where_there_are_too_few_cores_smaller_pictures_are_advised():
     assert said.endswith("set --data.workers to 3.")
 
 
+def test_a_tokenizer_that_works_beside_the_steps_is_said_to_be_in_their_times():
+    times = pace(forward=0.5, backward=0.5)
+    assert "take 100% of the time, with the tokenizer's work beside them" in bottleneck(
+        times, replace(CPU, tokens_ahead=True)
+    )
+    assert "tokenizer" not in bottleneck(times, CPU)
+
+
 def test_workers_that_wait_for_storage_are_told_from_those_that_compute():
     waiting = {0: Made(500, 2.0, 0.2), 1: Made(500, 2.0, 0.2)}
     said = bottleneck(pace(data=1.0, forward=1.0, made=waiting), CPU)

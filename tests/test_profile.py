@@ -220,8 +220,8 @@ def test_tokens_made_beside_a_step_have_no_rate():
     ahead = dataclasses.replace(one, tokens_ahead=True)
     assert {row.name: row.flops_per_s for row in rows(one) if row.flops} == {"tokenizer": 2e9, "MLP": 2e9}
     assert {row.name: row.flops_per_s for row in rows(ahead) if row.flops} == {"MLP": 2e9}
-    assert "shown is what a step waited for them" in profiling.table(ahead)
-    assert "shown is what a step waited for them" not in profiling.table(one)
+    assert "their row is what a step waited for them" in profiling.table(ahead)
+    assert "their row is what a step waited for them" not in profiling.table(one)
 
 
 @pytest.mark.parametrize(

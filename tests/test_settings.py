@@ -5,9 +5,10 @@ import sys
 
 import pytest
 
-from fused_beit.engine.command_line import field_names, load_preset, options_of, parse, preset_names, resume_command
+from fused_beit.engine.command_line import field_names, load_preset, options_of, parse, preset_names
 from fused_beit.engine.config import Settings, result_settings, speed_settings
 from fused_beit.engine.errors import UserError
+from fused_beit.engine.launching import resume_command
 
 
 def settings_of(*argv: str) -> Settings:
@@ -145,15 +146,15 @@ def test_how_presets_and_files_train_a_tokenizer_is_left_out_beside_a_trained_on
     [(1, 1, "python"), (8, 8, "deepspeed --num_gpus 8"), (16, 8, "deepspeed --hostfile HOSTS")],
 )
 def test_the_command_that_goes_on_starts_as_many_ranks(ranks, local_ranks, launcher):
-    command = resume_command(settings_of("--train.micro_batch", "2"), 5, ranks=ranks, local_ranks=local_ranks)
+    command = resume_command(settings_of("--train.micro_batch", "2"), 5, ranks=ranks, ranks_a_machine=local_ranks)
     options = "--preset digits --output_dir output/digits --train.micro_batch 2 --resume auto"
     assert command == f"{launcher} engine/pretrain.py {options}"
 
 
 def test_the_command_that_goes_on_leaves_out_a_stop_that_is_behind_it():
     settings = settings_of("--train.stop_at_step", "5")
-    assert "--train.stop_at_step 5" in resume_command(settings, 4, ranks=1, local_ranks=1)
-    assert "stop_at_step" not in resume_command(settings, 5, ranks=1, local_ranks=1)
+    assert "--train.stop_at_step 5" in resume_command(settings, 4, ranks=1, ranks_a_machine=1)
+    assert "stop_at_step" not in resume_command(settings, 5, ranks=1, ranks_a_machine=1)
 
 
 @pytest.mark.parametrize(

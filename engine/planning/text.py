@@ -1,12 +1,12 @@
 """A plan in words and tables, as the terminal shows it."""
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..command_line import options_of
 from ..config import Settings
 from ..hardware import GPUS, Gpu
+from ..launching import launch_command
 from ..models.flops import parameter_count, pretraining_flops
 from ..tokenizer.flops import DALLE, TokenizerSize, encoding_flops
 from ..training.header import RECOMPUTED, human_bytes, when_compiled
@@ -254,9 +254,7 @@ def command(settings: PlanSettings, gpu: Gpu, tokenizer: TokenizerSize) -> str:
         options += ["--data.path", "FOLDER"]
     if settings.tokenizer.path is None and is_published(settings):
         options += ["--tokenizer.path", "DALLE_ENCODER"]
-    several = settings.gpus > gpu.gpus_per_node
-    launcher = "--hostfile HOSTS" if several else f"--num_gpus {settings.gpus}"
-    return f"deepspeed {launcher} engine/pretrain.py {shlex.join(options)}"
+    return launch_command(options, ranks=settings.gpus, ranks_a_machine=gpu.gpus_per_node)
 
 
 def sweep_text(rows: Sequence[Row], picture: Path) -> str:

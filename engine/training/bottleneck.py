@@ -35,6 +35,8 @@ class Circumstances:
     """The run is in fp32 on a device that has fast bf16."""
     trains_tokenizer: bool
     """The run's settings say the tokenizer's size; false where one is given."""
+    tokens_ahead: bool = False
+    """The tokenizer works beside the steps, so that their times hold its work too."""
 
 
 def bottleneck(pace: Pace, run: Circumstances, communication: float = 0.0, detail: str = "") -> str:
@@ -66,7 +68,7 @@ def bottleneck(pace: Pace, run: Circumstances, communication: float = 0.0, detai
     takes = f"{shares[largest]:.0%} of the time"
     takes = f"forward and backward take {takes}{detail}" if largest == MODEL else f"it takes {takes}"
     beside = [f"{name} {share:.0%}" for name, share in shares.items() if name != largest and share >= WORTH_NAMING]
-    takes = ", ".join([takes, *beside])
+    takes = ", ".join([takes, *beside, *(["with the tokenizer's work beside them"] if run.tokens_ahead else [])])
     return (
         f"Bound by {largest}: {takes}, waiting for pictures {pace.share(Phase.DATA):.0%} "
         f"({loaders(run)} {amount(pace.made_per_s(run.workers))}/s, {amount(pace.per_s)}/s are used); "

@@ -158,12 +158,9 @@ class Loop:
             )
         return figures["stop"] > 0
 
-    def pace(self) -> Pace:
-        """Of this session, without the steps before its first log line: there everything is done for the first time.
-
-        With a single log line these are all steps there are, and it is of them.
-        """
-        return self.paces[-1] if self.paces else Pace()
+    def pace(self) -> Pace | None:
+        """Of this session but the steps before its first log line, in which all is done for the first time; or None."""
+        return self.paces[1] if len(self.paces) > 1 else None
 
     def close(self) -> None:
         self.progress.close()

@@ -13,7 +13,6 @@ import torch
 
 from fused_beit.kernels import ImplUnavailable, Resolved, resolve
 
-from ..command_line import resume_command
 from ..config import BEIT_MASK_SHARE, Settings, result_settings, speed_settings
 from ..cpu import has_bf16
 from ..data.loading import BadPictureLog, Batch, train_loader, val_batches
@@ -21,6 +20,7 @@ from ..data.pictures import Pictures, open_pictures
 from ..data.source import Source
 from ..errors import UserError
 from ..hardware import bf16_rate
+from ..launching import resume_command
 from ..models.encoder import impl_besides_attention
 from ..models.flops import pretraining_flops
 from ..models.mim import MaskedImageModel
@@ -276,13 +276,12 @@ class Run:
 
     def resume_command(self, done: int) -> str:
         runtime = self.runtime
-        return resume_command(self.settings, done, ranks=runtime.world_size, local_ranks=runtime.local_world_size)
+        return resume_command(self.settings, done, ranks=runtime.world_size, ranks_a_machine=runtime.local_world_size)
 
     def bottleneck(self) -> str:
         """What bound this session's speed, and what to change."""
-        if len(self.loop.paces) == 1:
-            return TOO_SHORT
-        return bottleneck(self.loop.pace(), self.circumstances())
+        pace = self.loop.pace()
+        return TOO_SHORT if pace is None else bottleneck(pace, self.circumstances())
 
     def circumstances(self) -> Circumstances:
         settings, runtime = self.settings, self.runtime
@@ -293,6 +292,7 @@ class Run:
             threads=runtime.threads if runtime.device.type == "cpu" else None,
             bf16_untried=fast_bf16 and not self.bf16,
             trains_tokenizer=settings.tokenizer.path is None,
+            tokens_ahead=self.loop.feed.tokens_ahead,
         )
 
     def report(self, done: int, evaluation: Evaluation | None, rows: list[PictureRow], bad: dict[str, str]) -> Report:

@@ -1,7 +1,8 @@
 """The public operators of masked pictures.
 
-For BEiT, embed_tokens puts mask tokens into the input of the encoder and gather_masked takes the masked rows out of its
-output. For MAE, keep_visible leaves the masked patches out, and restore_tokens puts mask tokens in before the decoder.
+For BEiT, embed_tokens puts mask tokens into the input of the encoder, and gather_masked takes the masked rows out: of
+its output, or as our engine does behind the last attention. For MAE, keep_visible leaves the masked patches out, and
+restore_tokens puts mask tokens in before the decoder.
 """
 
 import torch

@@ -88,7 +88,10 @@ def notes(profile: Profile) -> list[str]:
         f"a large product of matrices, in turn with the steps, reached {product:.1f} {unit(profile)}",
     ]
     if profile.tokens_ahead:
-        result.append("tokens are made beside the step before (train.prefetch); shown is what a step waited for them")
+        result.append(
+            "tokens are made beside the steps (train.prefetch): their row is what a step waited for them, and other "
+            "rows took longer for them"
+        )
     if profile.on_cpu:
         result.append(f"the process had {processors(profile.pace, profile.circumstances)}")
         if is_crowded(profile.pace, profile.circumstances):
