@@ -22,7 +22,7 @@ from fused_beit.engine.errors import UserError
 from fused_beit.engine.tokenizer.dvae import DiscreteVAE
 from fused_beit.engine.tokenizer.files import save_tokenizer
 from fused_beit.engine.training.loop import StopRequest
-from fused_beit.engine.training.pretraining import pretrain
+from fused_beit.engine.training.pretraining import open_run, pretrain
 from fused_beit.engine.training.run_folder import RunFolder
 
 GOLDEN = Path(__file__).parent / "golden" / "losses.json"
@@ -322,6 +322,13 @@ def test_sigterm_saves_and_ends_with_code_75(run, tmp_path, tokenizer, root, who
     assert re.search(r"^(Bound by|Waits) ", output, re.MULTILINE), "what bound it is said here too"
     assert re.search(r"^go on with\n  python engine/pretrain\.py .* --resume auto$", output, re.MULTILINE)
     assert (tmp_path / "stopped" / "checkpoints" / f"step-{step:08d}" / "MANIFEST.json").exists()
+
+
+def test_one_rank_stops_at_the_next_step_logged_or_not(tmp_path, tokenizer):
+    with open_run(small_settings(tmp_path / "run", tokenizer, train__log_every=4)) as run:
+        run.loop.stop.received = True
+        assert run.loop.run(0, run.end_step) == 1
+    assert [row["step"] for row in train_rows(tmp_path / "run")] == [1]
 
 
 def test_golden_losses_of_20_steps(run):

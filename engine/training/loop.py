@@ -58,7 +58,7 @@ class Loop:
     """Everything a run trains with.
 
     `evaluate()` (None without held-out pictures) and `save(step)` are called on every rank. The loop ends at
-    `end_step`, or at a logged step after a stop was requested on any rank.
+    `end_step`, or after a stop was requested: of one rank at the next step, of any of several at the next logged one.
     """
 
     engine: ZeroEngine
@@ -85,7 +85,8 @@ class Loop:
             self.train_step(step, interval)
             done = step + 1
             stopping = False
-            if done % train.log_every == 0 or done == end_step:
+            alone = self.engine.runtime.world_size == 1  # several ranks hear of a stop where they exchange anyway
+            if done % train.log_every == 0 or done == end_step or (alone and self.stop.received):
                 stopping = self.report(done, interval)
                 interval = Interval(self.engine.runtime.device)
             else:
