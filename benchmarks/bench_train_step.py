@@ -10,10 +10,10 @@ C library, which cannot keep it for one alone. Normalised pixels are given to th
 On a GPU the models of a round are there together, so that large ones are timed in groups, ours in each: as they are,
 compiled, and ours with the tokenizer in the loop, with it beside the step, at ZeRO stage 1 and without DeepSpeed. On a
 CPU a step of BEiT-base takes seconds and its compilation long, so the compiled models are timed on one of its twelve
-blocks, beside the same block not compiled: only times of one case compare. All patches but one are masked there, for of a last
-block ours computes what the masked ones need alone. A processor without products of bf16
-imitates them, many times slower than fp32; there the bf16 case is a small one, or with `--imitated-bf16` BEiT-base,
-which takes half an hour.
+blocks, beside the same block not compiled: only times of one case compare. All patches but one are masked there, for of
+a last block ours computes what the masked ones need alone. A processor without products of bf16 imitates them, many
+times slower than fp32; there the bf16 case is a small one, or with `--imitated-bf16` BEiT-base, which takes three
+quarters of an hour.
 """
 
 import pytest
