@@ -78,18 +78,15 @@ def tokenizer_beside(case: Case) -> Step:
     def forward() -> Tensor:
         batch, token_ids = ahead.take(enter)
         loss: Tensor = engine(batch.patch_view, batch.masked_positions, token_ids)[0]
-        return loss
-
-    def backward(loss: Tensor) -> None:
-        engine.backward(loss)
         ahead.begin_next(enter)
+        return loss
 
     return Step(
         case,
         model,
         forward,
         lambda: model.logits(case.pixels, case.masked_positions).flatten(0, 1),
-        backward,
+        engine.backward,
         engine.step,
         engine.optimizer,
         watched(model),

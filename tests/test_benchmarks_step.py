@@ -129,7 +129,7 @@ def test_a_tokenizer_in_the_loop_or_beside_it_makes_tokens_in_every_step(case, r
     assert case.token_ids.tolist() == encode(train_step.token_views(case.shape)).tolist()
 
 
-def test_tokens_beside_a_step_are_begun_between_backward_and_optimizer(case, monkeypatch):
+def test_tokens_beside_a_step_are_begun_before_its_backward_pass_as_in_the_engine(case, monkeypatch):
     order = []
 
     class Noted(prefetch.Feed):
@@ -141,7 +141,7 @@ def test_tokens_beside_a_step_are_begun_between_backward_and_optimizer(case, mon
         call = getattr(zero.ZeroEngine, name)
         monkeypatch.setattr(zero.ZeroEngine, name, lambda *of, name=name, call=call: order.append(name) or call(*of))
     variations.tokenizer_beside(case)()
-    assert order == ["tokens", "backward", "tokens", "step"]
+    assert order == ["tokens", "tokens", "backward", "step"]
 
 
 def test_tokens_are_made_in_the_precision_of_the_run_and_are_the_same_for_its_float64_reference(monkeypatch):

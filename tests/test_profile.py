@@ -215,9 +215,9 @@ def test_tokens_made_beside_a_step_have_no_rate():
     stretch = measure.Stretch(1, {(Phase.TOKENIZER, Part.OTHER): 0.5, (Phase.FORWARD, Part.MLP): 0.5})
     one = measure.Profile(
         stretch, stretch, {"tokenizer": 1e9, "mlp": 1e9}, 1e9, 0.0,
-        on_cpu=False, tokens_ahead=False, circumstances=circumstances, facts={},
+        on_cpu=False, circumstances=circumstances, facts={},
     )  # fmt: skip
-    ahead = dataclasses.replace(one, tokens_ahead=True)
+    ahead = dataclasses.replace(one, circumstances=dataclasses.replace(circumstances, tokens_ahead=True))
     assert {row.name: row.flops_per_s for row in rows(one) if row.flops} == {"tokenizer": 2e9, "MLP": 2e9}
     assert {row.name: row.flops_per_s for row in rows(ahead) if row.flops} == {"MLP": 2e9}
     assert "their row is what a step waited for them" in profiling.table(ahead)

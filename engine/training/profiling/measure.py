@@ -76,8 +76,6 @@ class Profile:
     device_idle: float | None
     """Share of the traced steps in which the GPU had nothing to do; None on a CPU."""
     on_cpu: bool
-    tokens_ahead: bool
-    """Tokens are made beside the steps: of their time there is what a step waited for them."""
     circumstances: Circumstances
     facts: Mapping[str, str]
     """What was run on what, label to value."""
@@ -139,7 +137,6 @@ def profile(run: Run, trace: Path) -> Profile:
         device_idle=write_trace(steps, trace),
         product_flops_per_s=product.flops_per_s,
         on_cpu=device.type == "cpu",
-        tokens_ahead=run.loop.feed.tokens_ahead,
         circumstances=run.circumstances(),
         facts=facts_of(run),
     )

@@ -48,7 +48,7 @@ class Row:
 def rows(profile: Profile) -> list[Row]:
     """The step in parts; their seconds add up to the step's."""
     seconds, known = dict(profile.seconds), dict(profile.flops)
-    if profile.tokens_ahead:
+    if profile.circumstances.tokens_ahead:
         known.pop(Phase.TOKENIZER)
     result = [
         Row(name, None, None, seconds.pop((phase, Part.OTHER), 0.0), known.get(phase)) for phase, name in ALONE.items()
@@ -87,7 +87,7 @@ def notes(profile: Profile) -> list[str]:
         f"profiler's own {milliseconds(marking_seconds(profile))} ms are left out",
         f"a large product of matrices, in turn with the steps, reached {product:.1f} {unit(profile)}",
     ]
-    if profile.tokens_ahead:
+    if profile.circumstances.tokens_ahead:
         result.append(
             "tokens are made beside the steps (train.prefetch): their row is what a step waited for them, and other "
             "rows took longer for them"
