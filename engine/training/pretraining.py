@@ -28,7 +28,6 @@ from ..tokenizer.files import identity, load_tokenizer
 from . import checkpoint, zero
 from .bottleneck import TOO_SHORT, Circumstances, bottleneck
 from .deepspeed_json import resolve_stage
-from .doubts import long_warm_up, other_tokens, slow_precision
 from .evaluation import Evaluation, evaluate, fill_pictures
 from .header import RECOMPUTED, header, human_bytes, when_compiled
 from .loop import Loop, StopRequest
@@ -38,6 +37,7 @@ from .optim import Schedule
 from .prefetch import feed
 from .report import PictureRow, Report, write_report
 from .run_folder import RunFolder, comparable, find_resume, refuse_other_inputs, run_facts
+from .run_warnings import long_warm_up, other_tokens, slow_precision
 from .tokenizer_stage import prepare_tokenizer
 
 PICTURES_IN_REPORT = 8

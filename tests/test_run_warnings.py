@@ -5,9 +5,9 @@ import torch
 from small_run import make_tokenizer, small_settings
 
 from fused_beit.engine.command_line import parse, preset_names
-from fused_beit.engine.training import doubts
-from fused_beit.engine.training.doubts import long_warm_up, other_tokens, slow_precision
+from fused_beit.engine.training import run_warnings
 from fused_beit.engine.training.pretraining import pretrain
+from fused_beit.engine.training.run_warnings import long_warm_up, other_tokens, slow_precision
 
 
 def settings_of(*argv):
@@ -16,7 +16,7 @@ def settings_of(*argv):
 
 @pytest.mark.parametrize(("bf16", "has_bf16", "warns"), [(True, False, 1), (True, True, 0), (False, False, 0)])
 def test_bf16_on_a_processor_without_it_is_warned_of(monkeypatch, bf16, has_bf16, warns):
-    monkeypatch.setattr(doubts, "has_bf16", lambda: has_bf16)
+    monkeypatch.setattr(run_warnings, "has_bf16", lambda: has_bf16)
     assert len(slow_precision(torch.device("cpu"), bf16=bf16)) == warns
 
 
