@@ -111,6 +111,24 @@ def centre(x, mean, FIRST: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def standardise(main, tail, EPS: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
+    """Rows less their mean times their rstd, in both parts, and mean and rstd; tail is None where TAIL is 0."""
+    total = tl.sum(main, axis=1)
+    if TAIL:
+        total += tl.sum(tail, axis=1)
+    mean = total / D
+    main = centre(main, mean, 0, MAIN, D)
+    squares = tl.sum(main * main, axis=1)
+    if TAIL:
+        tail = centre(tail, mean, MAIN, TAIL, D)
+        squares += tl.sum(tail * tail, axis=1)
+    rstd = 1.0 / tl.sqrt(squares / D + EPS)
+    if TAIL:
+        tail *= rstd[:, None]
+    return main * rstd[:, None], tail, mean, rstd
+
+
+@triton.jit
 def store_partial(partial_ptr, program, sums, FIRST: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr):
     """The row of a program in [programs, D]: what its rows sum to."""
     if partial_ptr is not None:

@@ -23,7 +23,7 @@ B pictures, N tokens, M slots in `positions` int64 [B, M], D channels. Rows are 
 import triton
 import triton.language as tl
 
-from .._triton.rows import centre, load_channels, load_rows, store_partial, store_rows, sum_partials
+from .._triton.rows import centre, load_channels, load_rows, standardise, store_partial, store_rows, sum_partials
 from .slots import find_slots
 
 
@@ -74,6 +74,7 @@ def gather_fwd_kernel(
     is_slot = (patches >= 0) & (patches < num_tokens - num_prefix_tokens)
     x_rows = (rows // num_slots) * num_tokens + num_prefix_tokens + patches
     main = load_rows(x_ptr, x_rows, is_slot, 0, MAIN, D, ACC)
+    tail = None
     if TAIL:
         tail = load_rows(x_ptr, x_rows, is_slot, MAIN, TAIL, D, ACC)
     if weight_ptr is None:
@@ -81,21 +82,12 @@ def gather_fwd_kernel(
         if TAIL:
             store_rows(out_ptr, rows, inside, tail, MAIN, TAIL, D)
     else:
-        total = tl.sum(main, axis=1)
-        if TAIL:
-            total += tl.sum(tail, axis=1)
-        mean = total / D
-        main = centre(main, mean, 0, MAIN, D)
-        squares = tl.sum(main * main, axis=1)
-        if TAIL:
-            tail = centre(tail, mean, MAIN, TAIL, D)
-            squares += tl.sum(tail * tail, axis=1)
-        rstd = 1.0 / tl.sqrt(squares / D + EPS)
+        main, tail, mean, rstd = standardise(main, tail, EPS, D, MAIN, TAIL)
         tl.store(mean_ptr + rows, mean, mask=inside)
         tl.store(rstd_ptr + rows, rstd, mask=inside)
-        store_normed(weight_ptr, bias_ptr, out_ptr, main * rstd[:, None], rows, inside, is_slot, 0, MAIN, D, ACC)
+        store_normed(weight_ptr, bias_ptr, out_ptr, main, rows, inside, is_slot, 0, MAIN, D, ACC)
         if TAIL:
-            store_normed(weight_ptr, bias_ptr, out_ptr, tail * rstd[:, None], rows, inside, is_slot, MAIN, TAIL, D, ACC)
+            store_normed(weight_ptr, bias_ptr, out_ptr, tail, rows, inside, is_slot, MAIN, TAIL, D, ACC)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_tokens", "num_slots", "num_prefix_tokens", "rows_a_program"])

@@ -24,7 +24,7 @@ Not supported: rows that are not contiguous; 2^31 rows or more; bf16 in Triton's
 import triton
 import triton.language as tl
 
-from .._triton.rows import centre, load_channels, load_rows, store_partial, store_rows, sum_partials
+from .._triton.rows import centre, load_channels, load_rows, standardise, store_partial, store_rows, sum_partials
 
 
 @triton.jit
@@ -105,24 +105,16 @@ def residual_fwd_kernel(
     inside = rows < num_rows
     keep = load_keep(keep_ptr, rows, inside, num_tokens, ACC)
     main = add_branch(x_ptr, y_ptr, gamma_ptr, x_new_ptr, keep, rows, inside, 0, MAIN, D, ACC)
+    tail = None
     if TAIL:
         tail = add_branch(x_ptr, y_ptr, gamma_ptr, x_new_ptr, keep, rows, inside, MAIN, TAIL, D, ACC)
     if weight_ptr is not None:
-        total = tl.sum(main, axis=1)
-        if TAIL:
-            total += tl.sum(tail, axis=1)
-        mean = total / D
-        main = centre(main, mean, 0, MAIN, D)
-        squares = tl.sum(main * main, axis=1)
-        if TAIL:
-            tail = centre(tail, mean, MAIN, TAIL, D)
-            squares += tl.sum(tail * tail, axis=1)
-        rstd = 1.0 / tl.sqrt(squares / D + EPS)
+        main, tail, mean, rstd = standardise(main, tail, EPS, D, MAIN, TAIL)
         tl.store(mean_ptr + rows, mean, mask=inside)
         tl.store(rstd_ptr + rows, rstd, mask=inside)
-        store_normed(weight_ptr, bias_ptr, normed_ptr, main * rstd[:, None], rows, inside, 0, MAIN, D, ACC)
+        store_normed(weight_ptr, bias_ptr, normed_ptr, main, rows, inside, 0, MAIN, D, ACC)
         if TAIL:
-            store_normed(weight_ptr, bias_ptr, normed_ptr, tail * rstd[:, None], rows, inside, MAIN, TAIL, D, ACC)
+            store_normed(weight_ptr, bias_ptr, normed_ptr, tail, rows, inside, MAIN, TAIL, D, ACC)
 
 
 @triton.jit
