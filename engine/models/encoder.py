@@ -36,7 +36,7 @@ from ..config import ModelSettings, Recompute
 
 NORM_EPS = 1e-6
 INIT_STD = 0.02
-ATTENTION_ONLY = {Impl.SDPA, Impl.XFORMERS, Impl.FLEX, Impl.TRITON}
+ATTENTION_ONLY = {Impl.SDPA, Impl.XFORMERS, Impl.FLEX}
 
 
 def init_normal_(tensor: Tensor) -> None:
