@@ -6,16 +6,19 @@ from waiting import no_waiting
 
 from fused_beit.engine.config import ModelSettings
 from fused_beit.engine.models import MaskedImageModel
+from fused_beit.engine.models.encoder import impl_besides_attention
+from fused_beit.kernels import Impl, ImplUnavailable, operators, resolve
+from fused_beit.kernels.impl import Operator
 
 SHAPE = ModelSettings(patch_size=4, width=16, depth=2, num_heads=2, drop_path=0.2)
 VOCAB = 9
 PADDED = torch.tensor([[0, 5, 9, -1], [3, 7, -1, -1]])
 
 
-def model_and_batch(**settings):
+def model_and_batch(impl="auto", **settings):
     """A small model with weights of ordinary size, pictures of 16 patches and their visual tokens."""
     torch.manual_seed(0)
-    model = MaskedImageModel(SHAPE.model_copy(update=settings), 16, VOCAB, normalize="inception")
+    model = MaskedImageModel(SHAPE.model_copy(update=settings), 16, VOCAB, normalize="inception", impl=impl)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.3)
@@ -161,3 +164,51 @@ def test_the_model_compiles_as_one_graph(precision):
     loss.backward()
     tolerance = {"fp32": 1e-5, "bf16": torch.finfo(torch.bfloat16).eps}[precision]
     torch.testing.assert_close(loss, expected, rtol=tolerance, atol=0)
+
+
+EVERY_WAY = [{}, {"rel_pos_bias": "per_layer", "layer_scale": 0.0}, {"rel_pos_bias": "none", "abs_pos_embed": True}]
+
+
+@pytest.mark.parametrize("settings", EVERY_WAY, ids=str)
+def test_loss_and_every_gradient_by_triton_are_those_of_the_reference(settings):
+    def step(impl):
+        model, pictures, tokens = model_and_batch(impl, **settings)
+        output = model.double()(pictures, PADDED, tokens, torch.tensor([3, 4]), 5)  # one path of these is dropped
+        output.loss.backward()
+        return {"loss": output.loss, "accuracy": output.accuracy} | {n: p.grad for n, p in model.named_parameters()}
+
+    expected = step("reference")
+    for name, found in step("triton").items():
+        torch.testing.assert_close(found, expected[name], rtol=1e-9, atol=1e-12, msg=lambda why, name=name: name + why)
+
+
+def test_no_operator_of_a_step_by_triton_runs_anything_else(monkeypatch):
+    def step():
+        model, pictures, tokens = model_and_batch("triton", depth=1)
+        model(pictures, PADDED, tokens, torch.tensor([3, 4]), 5).loss.backward()
+        model.eval().encoder(model.normalize(pictures))  # whole pictures, which end in residual_add
+
+    asked = []
+
+    def note(operator, request, device_type):
+        asked.append((operator.name, str(request)))
+        return resolve_it(operator, request, device_type)
+
+    resolve_it = Operator.resolve
+    monkeypatch.setattr(Operator, "resolve", note)
+    step()
+    assert {request for _, request in asked} == {"triton"}
+    in_a_step = {"rel_pos_attention", "expand_table", "residual_norm", "residual_add", "embed_tokens", "token_loss"}
+    assert in_a_step | {"gather_masked"} <= {name for name, _ in asked}
+
+
+@pytest.mark.parametrize("impl", Impl)
+def test_what_only_attention_has_leaves_the_other_operators_at_auto(impl):
+    def has(operator):
+        try:
+            return bool(resolve(operator, impl, None))
+        except ImplUnavailable:
+            return False
+
+    others = set(operators()) - {"attention", "rel_pos_attention"}
+    assert impl_besides_attention(impl) == (impl if all(map(has, others)) else "auto")

@@ -338,10 +338,27 @@ def test_golden_losses_of_20_steps(run):
     assert now == pytest.approx(json.loads(GOLDEN.read_text()), rel=2e-5)
 
 
-@pytest.mark.parametrize(("steps", "depth"), [(2, 1), pytest.param(20, 2, marks=pytest.mark.slow)])
-def test_the_kernels_reproduce_the_losses_of_the_reference(run, steps, depth):
-    """The digits model in Triton's interpreter, fp32; both losses drift apart by rounding alone."""
+@pytest.mark.parametrize(("steps", "depth"), [(1, 1), pytest.param(20, 2, marks=pytest.mark.slow)])
+def test_by_triton_every_operator_of_a_run_is_and_its_figures_are_the_references(
+    run, tmp_path, tokenizer, root, steps, depth
+):
+    """The digits model by the command, in Triton's interpreter, fp32; both drift apart by rounding alone."""
     few = {"train__max_steps": steps, "train__global_batch": 2, "data__val_max": 2, "model__depth": depth}
-    kernels = losses(run("kernels", train__impl="triton", **few))
-    reference = losses(run("reference", train__impl="reference", **few))
-    assert kernels == pytest.approx(reference, rel=2e-5)
+    argv = small_argv(tmp_path / "kernels", tokenizer, train__impl="triton", **few)
+    command = [sys.executable, root / "engine" / "pretrain.py", *argv]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    operators = done.stdout.partition("\noperators\n")[2].partition("\nmachine\n")[0].splitlines()
+    assert len(operators) == 7
+    assert {line.split(maxsplit=1)[1] for line in operators} == {"triton: asked for"}
+
+    run("reference", train__impl="reference", **few)
+    for found, expected in zip(train_rows(tmp_path / "kernels"), train_rows(tmp_path / "reference"), strict=True):
+        for figure in ("loss", "grad_norm"):
+            assert found[figure] == pytest.approx(expected[figure], rel=1e-5)
+
+
+def test_tokens_are_searched_by_the_implementation_that_the_run_was_given(tmp_path, tokenizer):
+    for impl, expected in (("triton", "triton"), ("sdpa", "auto")):
+        with open_run(small_settings(tmp_path / impl, tokenizer, train__impl=impl)) as run:
+            assert run.tokenizer.impl == expected

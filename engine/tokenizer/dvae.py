@@ -121,7 +121,11 @@ class DiscreteVAE(nn.Module):
         blocks_per_group: residual blocks in a group.
         output_channels: 6 for the mean and log-scale of a logit-Laplace distribution, 3 for the mean alone, 0 for a
             tokenizer that cannot decode.
+
+    `impl` is the implementation of `nearest_code` that `encode` uses.
     """
+
+    impl = "auto"
 
     def __init__(
         self, vocab_size: int, width: int, groups: int, blocks_per_group: int, *, output_channels: int = 6
@@ -179,12 +183,11 @@ class DiscreteVAE(nn.Module):
         return map_pixels(pixels).to(self.encoder.input.weight.dtype)
 
     @torch.no_grad()
-    def encode(self, pixels: Tensor, *, impl: str = "auto") -> Tensor:
+    def encode(self, pixels: Tensor) -> Tensor:
         """The likeliest code of each cell; the logits `[B, V, G, G]` are never stored.
 
         Args:
             pixels: `[B, 3, T, T]`, uint8 or float in [0, 1]; any memory format.
-            impl: implementation of `nearest_code`.
 
         Returns:
             int64 `[B, G * G]`, row by row.
@@ -196,7 +199,7 @@ class DiscreteVAE(nn.Module):
         hidden_RD = self.encoder.features(prepared).permute(0, 2, 3, 1).flatten(0, 2)
         last = self.encoder.output
         codes_VD = last.weight.flatten(1).to(hidden_RD.dtype)
-        index_R = nearest_code(hidden_RD, codes_VD, last.bias, impl=impl).index
+        index_R = nearest_code(hidden_RD, codes_VD, last.bias, impl=self.impl).index
         return index_R.view(pixels.shape[0], -1)
 
     @torch.no_grad()

@@ -135,6 +135,7 @@ class Run:
         self.tokenizer, tokenizer_facts = prepare_tokenizer(
             settings, folder, pictures.train, runtime, resume_from=resume_from, trained=not rehearsal
         )
+        self.tokenizer.impl = impl_besides_attention(settings.train.impl)
         self.bf16 = resolve_bf16(settings, runtime.device)
         self.inputs = {
             "tokenizer": identity(self.tokenizer),
