@@ -91,7 +91,7 @@ def measure(
     with Sent() as sent:
         step()
 
-    run = memory.Pass(micro_batch, bf16, VOCAB, True, NO_TOKENIZER, 8)
+    run = memory.Pass(micro_batch, bf16, VOCAB, "plain", NO_TOKENIZER, 8)
     config = zero.deepspeed_config(settings, world_size, bf16=bf16)
     state = memory.state_memory(settings, VOCAB, config, world_size=world_size)
     # The buckets of stages 1 and 2 are there within a step alone.

@@ -9,7 +9,7 @@ from ..hardware import GPUS, Gpu
 from ..tokenizer.flops import TokenizerSize
 from ..training.deepspeed_json import batch_plan, resolve_json, resolve_stage
 from ..training.header import human_bytes
-from ..training.memory import Pass, RankMemory, keeps_scores, offloads, prefetched, rank_memory
+from ..training.memory import Pass, RankMemory, offloads, operators_of, prefetched, rank_memory
 from .settings import PlanSettings
 from .step_time import StepTime, step_time
 
@@ -86,7 +86,7 @@ def way(
         micro_batch=micro_batch,
         bf16=bf16,
         vocab_size=tokenizer.vocab_size,
-        keeps_scores=keeps_scores(settings.train.impl, "cuda"),
+        operators=operators_of(settings.train.impl, "cuda"),
         tokenizer=tokenizer,
         token_side=settings.grid * tokenizer.stride,
         prefetch=prefetched(settings.train.prefetch, "cuda"),

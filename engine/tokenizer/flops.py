@@ -77,7 +77,7 @@ def encoding_memory(size: TokenizerSize, token_side: int, num_pictures: int, *, 
 
     The first group works on the whole picture. At the end of a block it holds what the block got, its branch, the
     branch times its gain, and their sum, and of a later block what the group got: 4 or 5 times W T^2 numbers a
-    picture. A convolution's own workspace is not counted.
+    picture. Beside them stands the view in fp32, 12 T^2. A convolution's own workspace is not counted.
     """
     tensors = 4 if size.blocks_per_group == 1 else 5
-    return (2.0 if bf16 else 4.0) * num_pictures * tensors * size.width * token_side**2
+    return num_pictures * token_side**2 * ((2.0 if bf16 else 4.0) * tensors * size.width + 12.0)

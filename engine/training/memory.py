@@ -12,7 +12,11 @@ tests/test_memory.py, which holds the formulas to it. They are those of DeepSpee
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
+
+import torch
+
+from fused_beit.kernels import TokenLossPlan, token_loss_plan
 
 from ..config import Prefetch, Settings
 from ..models.encoder import hidden_width
@@ -26,6 +30,9 @@ PREFETCH_BUCKET = 50_000_000
 SUB_GROUP = 1_000_000_000
 """Numbers that DeepSpeed updates at a time at stage 3."""
 
+Operators = Literal["plain", "fused attention", "triton"]
+"""Plain torch; the same but for attention, which keeps no scores; or all of them by this project's kernels."""
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -34,13 +41,18 @@ class Pass:
     micro_batch: int
     bf16: bool
     vocab_size: int
-    keeps_scores: bool
-    """Whether attention keeps [B, H, N, N]: in plain torch it does, fused it does not."""
+    operators: Operators
+    """As `operators_of` gives them."""
     tokenizer: TokenizerSize
     token_side: int
     """Side of the token view in pixels."""
     prefetch: Prefetch = "none"
     """What of the next batch comes while it runs, as `prefetched` gives it."""
+
+    @property
+    def keeps_scores(self) -> bool:
+        """Whether attention keeps [B, H, N, N]."""
+        return self.operators == "plain"
 
 
 @dataclass(frozen=True)
@@ -57,9 +69,11 @@ class RankMemory:
         return sum(self.parts.values())
 
 
-def keeps_scores(impl: str, device_type: str) -> bool:
-    """Whether attention by `train.impl` keeps the scores on a device: "cpu" or "cuda"."""
-    return impl == "reference" or (device_type == "cpu" and impl in ("auto", "sdpa"))
+def operators_of(impl: str, device_type: str) -> Operators:
+    """What `train.impl` makes the operators on a device: "cpu" or "cuda"."""
+    if impl == "triton":
+        return "triton"
+    return "plain" if impl == "reference" or (device_type == "cpu" and impl in ("auto", "sdpa")) else "fused attention"
 
 
 def prefetched(prefetch: Prefetch, device_type: str) -> Prefetch:
@@ -211,7 +225,7 @@ def block_rows(settings: Settings, run: Pass, *, last: bool) -> dict[str, float]
 
     residual stream     (N + T) D 4    before each norm
     branches            2 T D 4        before LayerScale, whose gradient needs them; none without LayerScale
-    factors             2 D 4          LayerScale times DropPath, where there are both
+    factors             2 D 4          LayerScale times DropPath, where there are both; none by Triton
     normed, attended    (N + 2 T) D a  what the linears read: qkv, projection, fc1; and in the last block N D a where
                                        attention is fused, for it keeps all that it made
     query, key, value   3 N D a
@@ -224,11 +238,12 @@ def block_rows(settings: Settings, run: Pass, *, last: bool) -> dict[str, float]
     wide = 2 if run.bf16 else FP32
     tokens, width = settings.num_patches + 1, model.width
     left = settings.mask.num_patches if last else tokens
+    factors = model.layer_scale and model.drop_path and run.operators != "triton"
     attended = 0 if run.keeps_scores or not last else tokens
     return {
         "residual stream": float(FP32 * (tokens + left) * width),
         "branches": 2.0 * FP32 * left * width if model.layer_scale else 0.0,
-        "factors": 2.0 * FP32 * width if model.layer_scale and model.drop_path else 0.0,
+        "factors": 2.0 * FP32 * width if factors else 0.0,
         "normed, attended": float(wide * (tokens + 2 * left + attended) * width),
         "query, key, value": 3.0 * wide * tokens * width,
         "scores": float(model.num_heads * tokens * (tokens * wide if run.keeps_scores else FP32)),
@@ -258,19 +273,33 @@ def kept_of_a_block(settings: Settings, run: Pass, *, last: bool) -> float:
     return sum(rows.values()) - (rows["MLP"] if settings.train.recompute == "mlp" else 0.0)
 
 
-def kept_of_the_head(settings: Settings, run: Pass) -> float:
-    """Bytes that are kept of the head for one picture: M D (4 + a) of rows and 4 M V of log-probabilities.
+def loss_plan(settings: Settings, run: Pass) -> TokenLossPlan:
+    """What the loss by Triton takes in a forward pass."""
+    dtype = torch.bfloat16 if run.bf16 else torch.float32
+    rows = run.micro_batch * settings.mask.num_patches
+    return token_loss_plan(rows, settings.model.width, run.vocab_size, dtype, weight_dtype=torch.float32)
 
+
+def kept_of_the_head(settings: Settings, run: Pass) -> float:
+    """Bytes that are kept of the head: for a picture M D (4 + a) of rows and 4 M V of log-probabilities.
+
+    By Triton the gradients are kept in place of the log-probabilities: for a picture M D a, and once 4 V (D + 1).
     The rows before the final norm, M D 4, are the last block's own where that is made again.
     """
     wide = 2 if run.bf16 else FP32
     stream = 0 if settings.train.recompute == "block" else FP32
-    return float(settings.mask.num_patches * (settings.model.width * (stream + wide) + FP32 * run.vocab_size))
+    rows = run.micro_batch * settings.mask.num_patches
+    if run.operators == "triton":
+        plan = loss_plan(settings, run)
+        loss = plan.grad_hidden_bytes + plan.grad_weight_bytes
+    else:
+        loss = FP32 * rows * run.vocab_size
+    return float(rows * settings.model.width * (stream + wide) + loss)
 
 
 def saved_activations(settings: Settings, run: Pass) -> float:
     """Bytes that are kept from the forward to the backward pass, weights excepted: of the blocks and of the head."""
-    return saved_by_blocks(settings, run, settings.model.depth) + run.micro_batch * kept_of_the_head(settings, run)
+    return saved_by_blocks(settings, run, settings.model.depth) + kept_of_the_head(settings, run)
 
 
 def saved_by_blocks(settings: Settings, run: Pass, count: int) -> float:
@@ -327,7 +356,8 @@ def working_tensors(settings: Settings, run: Pass, stage: int) -> float:
     The first is `end_of_the_forward_pass`.
 
     The loss makes the gradient of the log-probabilities and from it that of the logits: 8 M V for a picture. Then the
-    head makes the gradient of its weight, 4 D V (under autocast first in bf16, in place of the weight's copy).
+    head makes the gradient of its weight, 4 D V (under autocast first in bf16, in place of the weight's copy). By
+    Triton it brings the gradients that it kept to the scale of the loss: as much again.
 
     After it, with the head's own tensors gone, comes the last block. It is left with few tokens, so the block before it
     may need more, though what was kept of the last is gone then: that has all tokens, and beside it the sum of the
@@ -335,12 +365,16 @@ def working_tensors(settings: Settings, run: Pass, stage: int) -> float:
     """
     model = settings.model
     wide = 2 if run.bf16 else FP32
-    logits = settings.mask.num_patches * run.vocab_size
-    gone = run.micro_batch * kept_of_the_head(settings, run)
+    logits = run.micro_batch * settings.mask.num_patches * run.vocab_size
+    gone = kept_of_the_head(settings, run)
+    if run.operators == "triton":
+        plan = loss_plan(settings, run)
+        of_the_loss = [float(plan.grad_hidden_bytes + plan.grad_weight_bytes)]
+    else:
+        of_the_loss = [2.0 * FP32 * logits, (wide - FP32) * logits + FP32 * model.width * run.vocab_size]
     moments = [
         end_of_the_forward_pass(settings, run, stage),
-        run.micro_batch * 2 * FP32 * logits,
-        run.micro_batch * (wide - FP32) * logits + FP32 * model.width * run.vocab_size,
+        *of_the_loss,
         in_a_block(settings, run, stage, last=True) - gone,
     ]
     if model.depth > 1:
@@ -392,7 +426,7 @@ def end_of_the_forward_pass(settings: Settings, run: Pass, stage: int) -> float:
     """Bytes that the end of the forward pass needs beside what was saved: the most at any of three moments.
 
     Autocast keeps copies of weights until then that autograd does not keep. Beside them the loss makes the logits,
-    4 M V for a picture.
+    4 M V for a picture; by Triton those of a chunk, and under autocast a copy of the head's weight.
 
     Before it nothing of the head is there, but still the pixels in fp32, 12 S^2. The last block ends with its MLP's
     output, M D a, and under autocast the normed rows in fp32, 4 M D; or has had, within its MLP, what is not kept.
@@ -405,7 +439,11 @@ def end_of_the_forward_pass(settings: Settings, run: Pass, stage: int) -> float:
     wide = 2 if run.bf16 else FP32
     tokens, width, masked = settings.num_patches + 1, model.width, settings.mask.num_patches
     rows = block_rows(settings, run, last=True)
-    logits = run.micro_batch * FP32 * masked * run.vocab_size
+    if run.operators == "triton":
+        plan = loss_plan(settings, run)
+        logits = float(plan.logits_bytes + plan.cast_weight_bytes)
+    else:
+        logits = float(FP32 * run.micro_batch * masked * run.vocab_size)
     pixels = run.micro_batch * 3 * FP32 * settings.data.image_size**2
 
     mlp = 2 * width * hidden_width(model)
@@ -413,7 +451,7 @@ def end_of_the_forward_pass(settings: Settings, run: Pass, stage: int) -> float:
     if run.bf16 and stage < 3:
         copies = 2 * model.depth * {"none": 0, "mlp": mlp, "block": mlp + 4 * width**2}[recompute]
         copies_of_last = 2 * (mlp + width**2)
-    before_head = copies + pixels - (2 * width * run.vocab_size if run.bf16 else 0)
+    before_head = copies + pixels - copy_of_the_head(settings, run)
 
     end = rows["MLP"] if recompute != "none" else float(masked * width * (wide + (FP32 if run.bf16 else 0)))
 
@@ -424,9 +462,10 @@ def end_of_the_forward_pass(settings: Settings, run: Pass, stage: int) -> float:
         in_attention += rows["scores"] if run.keeps_scores else 0
     else:
         after = masked * width * (FP32 + 2 * wide) + rows["branches"] + (rows["MLP"] if recompute == "none" else 0)
-    attention = run.micro_batch * (in_attention - after - kept_of_the_head(settings, run)) - copies_of_last
+    attention = run.micro_batch * (in_attention - after) - kept_of_the_head(settings, run) - copies_of_last
 
-    return max(copies + logits, before_head + run.micro_batch * end - logits, before_head + attention)
+    gone = kept_of_the_head(settings, run) if run.operators == "triton" else logits
+    return max(copies + logits, before_head + run.micro_batch * end - gone, before_head + attention)
 
 
 def of_the_first_block(settings: Settings, run: Pass, stage: int) -> float:
@@ -456,7 +495,12 @@ def bf16_weights(settings: Settings, run: Pass, stage: int) -> float:
         "mlp": 4 * model.width**2,
         "block": 0,
     }[settings.train.recompute]
-    return 2.0 * (model.depth * (kept if stage < 3 else 0) + model.width * run.vocab_size)
+    return 2.0 * model.depth * (kept if stage < 3 else 0) + copy_of_the_head(settings, run)
+
+
+def copy_of_the_head(settings: Settings, run: Pass) -> float:
+    """Bytes of the copy of the head's weight that autograd keeps under autocast; the loss by Triton makes its own."""
+    return 2.0 * settings.model.width * run.vocab_size if run.bf16 and run.operators != "triton" else 0.0
 
 
 def batch_memory(settings: Settings, run: Pass) -> float:

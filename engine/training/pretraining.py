@@ -31,7 +31,7 @@ from .deepspeed_json import resolve_stage
 from .evaluation import Evaluation, evaluate, fill_pictures
 from .header import RECOMPUTED, header, human_bytes, when_compiled
 from .loop import Loop, StopRequest
-from .memory import Pass, keeps_scores, prefetched, rank_memory
+from .memory import Pass, operators_of, prefetched, rank_memory
 from .metrics import MetricsLog, Progress, duration, read_metrics
 from .optim import Schedule
 from .prefetch import feed
@@ -346,7 +346,7 @@ class Run:
                 micro_batch=engine.micro_batch,
                 bf16=self.bf16,
                 vocab_size=self.tokenizer.vocab_size,
-                keeps_scores=keeps_scores(settings.train.impl, runtime.device.type),
+                operators=operators_of(settings.train.impl, runtime.device.type),
                 tokenizer=self.tokenizer.encoder_size,
                 token_side=settings.grid * self.tokenizer.stride,
                 prefetch=prefetched(settings.train.prefetch, runtime.device.type),
