@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from fused_beit.engine.config import Settings
 from fused_beit.engine.models import MaskedImageModel
 from fused_beit.engine.tokenizer.flops import TokenizerSize
-from fused_beit.engine.training import memory, zero
+from fused_beit.engine.training import memory, zero, zero_memory
 
 IMAGE_SIZE, MASKED, VOCAB = 64, 20, 1000
 BUCKET = 500_000
@@ -93,7 +93,7 @@ def measure(
 
     run = memory.Pass(micro_batch, bf16, VOCAB, "plain", NO_TOKENIZER, 8)
     config = zero.deepspeed_config(settings, world_size, bf16=bf16)
-    state = memory.state_memory(settings, VOCAB, config, world_size=world_size)
+    state = zero_memory.state_memory(settings, VOCAB, config, world_size=world_size)
     # The buckets of stages 1 and 2 are there within a step alone.
     between = sum(count for name, count in state.held.items() if stage == 3 or name != "buckets")
     predicted = memory.rank_memory(settings, run, config, world_size=world_size)

@@ -9,7 +9,8 @@ from ..hardware import GPUS, Gpu
 from ..tokenizer.flops import TokenizerSize
 from ..training.deepspeed_json import batch_plan, resolve_json, resolve_stage
 from ..training.header import human_bytes
-from ..training.memory import Pass, RankMemory, offloads, operators_of, prefetched, rank_memory
+from ..training.memory import Pass, RankMemory, operators_of, prefetched, rank_memory
+from ..training.zero_memory import offloads
 from .settings import PlanSettings
 from .step_time import StepTime, step_time
 

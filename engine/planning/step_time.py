@@ -9,7 +9,7 @@ from ..config import ModelSettings, Recompute
 from ..hardware import Gpu
 from ..models.flops import parameter_count, pretraining_flops, recomputed_flops
 from ..tokenizer.flops import TokenizerSize, encoding_flops, num_convolutions
-from ..training.memory import FP32
+from ..training.zero_memory import FP32
 from .settings import PlanSettings
 
 BACKWARD_SHARE = 2 / 3
