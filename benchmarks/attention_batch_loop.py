@@ -34,6 +34,10 @@ WIDE = Tile(32, 32, 4, 1)
 """In fp32."""
 
 
+def tile_for(dtype: torch.dtype) -> Tile:
+    return HALF if dtype.itemsize == 2 else WIDE
+
+
 @triton.jit
 def bias_grad_kernel(
     q,  # [B, H, N, D]; a descriptor under TMA, else a pointer, like the five below
@@ -98,7 +102,7 @@ def bias_grad(
     batch, num_heads, num_tokens, head_dim = q.shape
     arch = arch_of(q.device)
     tma = attention_plan(arch, num_tokens, head_dim, q.dtype, tma=tma_can_read(q, k, v, grad_out)).tma
-    tile = HALF if q.dtype.itemsize == 2 else WIDE
+    tile = tile_for(q.dtype)
     block_d = padded_head_dim(head_dim)
     aligned = align_rows(bias, q.dtype)[None]
     rows = partial(source, cols=block_d, tma=tma)

@@ -10,6 +10,7 @@ B pictures, H heads, N tokens, D channels of a head.
 """
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -165,9 +166,10 @@ class Attend(torch.autograd.Function):
         return *ctx.graphs.backward(grad_out, *ctx.saved_tensors), None
 
 
-def attention(inputs: AttentionInputs) -> Any:
-    """The call of the provider: -> [B, N, H*D]. Rows of the bias start at multiples of 16 elements."""
+def attention(inputs: AttentionInputs) -> tuple[Callable[[], Tensor], str]:
+    """-> the call of the provider, which gives [B, N, H*D], and the versions that it is made by."""
     cudnn = frontend(inputs.device)
     graphs = Graphs(cudnn, inputs.qkv, inputs.bias, handle=cudnn.create_handle())
     graphs.finish()
-    return lambda: Attend.apply(inputs.qkv, inputs.bias, graphs).flatten(2)
+    versions = f"cuDNN {cudnn.backend_version_string()}, frontend {cudnn.__version__}"
+    return lambda: Attend.apply(inputs.qkv, inputs.bias, graphs).flatten(2), versions

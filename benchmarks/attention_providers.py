@@ -190,20 +190,25 @@ def batch_loop(inputs: AttentionInputs, fused: bool = False) -> Work:
     """
     refuse_the_interpreter(inputs.case, inputs.device)
     what_runs(inputs.case, "triton", inputs.device)
-    from .attention_batch_loop import attend
+    from .attention_batch_loop import attend, tile_for
 
     default = default_plan(inputs)
     plan = default if fused else default._replace(backward_fused=None)
     if fused and plan.backward_fused is None:
         raise AbsentError("is what batch-loop does in this case")
-    leaves = {"qkv": inputs.qkv, "bias": inputs.bias}
-    around = partial(pinned, plan)
-    return attention_work(inputs, lambda: attend(inputs.qkv, inputs.bias), leaves, around=around, plan=str(plan))
+    tile = tile_for(inputs.case.dtype)
+    return attention_work(
+        inputs,
+        lambda: attend(inputs.qkv, inputs.bias),
+        {"qkv": inputs.qkv, "bias": inputs.bias},
+        around=partial(pinned, plan),
+        plan=f"{plan}, of the bias {tile.block_m}x{tile.block_n} by {tile.num_warps} warps",
+    )
 
 
 def cudnn_frontend(inputs: AttentionInputs) -> Work:
-    call = attention_cudnn.attention(inputs)
-    return attention_work(inputs, call, {"qkv": inputs.qkv, "bias": inputs.bias})
+    call, versions = attention_cudnn.attention(inputs)
+    return attention_work(inputs, call, {"qkv": inputs.qkv, "bias": inputs.bias}, plan=versions)
 
 
 def forward_by(*tile: int) -> Callable[[AttentionInputs], Work]:

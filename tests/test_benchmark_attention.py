@@ -15,16 +15,14 @@ from benchmark_modules import benchmark
 from fused_beit.kernels import rel_pos_attention
 from fused_beit.kernels.testing import rel_pos_attention_inputs
 
-CPU = torch.device("cpu")
-
 
 def rehearsed(dtype: torch.dtype, **sizes: int) -> Any:
     return replace(benchmark("attention").REHEARSAL[0], dtype=dtype, **sizes)
 
 
-def checked(case: Any, *names: str) -> Any:
-    providers = benchmark("attention_providers").PROVIDERS
-    return benchmark("measuring").check_providers(case, {name: providers[name] for name in names}, CPU)
+def checked(case: Any, *names: str, device: str = "cpu") -> Any:
+    providers = {name: benchmark("attention_providers").PROVIDERS[name] for name in names}
+    return benchmark("measuring").check_providers(case, providers, torch.device(device))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -137,9 +135,14 @@ class StandIn:
     data_type = SimpleNamespace(BFLOAT16="torch.bfloat16", HALF="torch.float16", FLOAT="torch.float32")
     heur_mode = SimpleNamespace(A="A", FALLBACK="FALLBACK")
 
+    __version__ = "1.32.0"
+
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
         self.streams: list[int] = []
+
+    def backend_version_string(self) -> str:
+        return "9.24.0"
 
     def create_handle(self) -> str:
         return "handle"
@@ -210,6 +213,7 @@ def test_cudnn_is_asked_for_the_gradient_of_a_shared_bias_in_a_fixed_order(monke
     case = rehearsed(torch.float16, side=4, num_heads=2)
     found = checked(case, "cudnn-frontend")
     assert (found.failed, found.absent) == ({}, {})
+    assert found.works["cudnn-frontend"].plan == "cuDNN 9.24.0, frontend 1.32.0"
     assert found.errors["cudnn-frontend"].keys() == {"output", "grad qkv", "grad bias"}
     forward, backward = cudnn.asked
     assert forward["generate_stats"] and forward["attn_scale"] == 16**-0.5
@@ -217,7 +221,17 @@ def test_cudnn_is_asked_for_the_gradient_of_a_shared_bias_in_a_fixed_order(monke
     assert forward["bias"].dim == backward["dBias"].dim == [1, 2, 17, 17]
     assert forward["q"].stride == [17 * 3 * 2 * 16, 16, 3 * 2 * 16, 1], "q is not taken from where the linear leaves it"
     assert forward["bias"].stride[2] == 32, "the rows of the bias are not aligned"
+    assert backward["dBias"].stride == [2 * 17 * 17, 17 * 17, 17, 1], "cuDNN has no kernel for other rows"
     assert cudnn.streams == [7, 7]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["batch-loop", "batch-loop-fused", "cudnn-frontend"])
+def test_on_a_gpu_it_keeps_the_rule_at_the_size_of_beit_base(name):
+    found = checked(replace(benchmark("attention").ON_GPU[0], batch=16), name, device="cuda")
+    assert found.failed == {}
+    if found.absent:
+        pytest.skip(found.absent[name])
 
 
 def test_cudnn_is_not_asked_in_fp32():
