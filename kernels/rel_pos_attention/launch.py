@@ -30,8 +30,8 @@ NONE, STORE, ADD, REDUCE = (mode.value for mode in (backward.NONE, backward.STOR
 WORKSPACE_BYTES = 128 * 2**20
 """Most that the deterministic gradient of the bias keeps of grad_scores at a time, however many pictures there are.
 
-128 MiB hold a layer of BEiT-base at 128 pictures of 197 tokens, which then is one launch. Any value gives the same sum:
-it always runs over the pictures from first to last.
+In half precision 128 MiB hold a layer of BEiT-base at 128 pictures of 197 tokens, which then is one launch; a single
+picture may take more. Any value gives the same bits: the sum always runs over the pictures from first to last.
 """
 
 
