@@ -18,7 +18,8 @@ from fused_beit.kernels import SharedBias, attention_plan, rel_pos_attention, re
 from fused_beit.kernels._triton.target import arch_of
 from fused_beit.kernels.rel_pos_attention.plan import Plan, Tile, pinned
 
-from .attention import NO_BIAS, ON_CPU, ON_GPU, REHEARSAL, SMOKE, AttentionInputs, heads_apart, leaf
+from . import attention_cudnn
+from .attention import NO_BIAS, ON_CPU, ON_GPU, REHEARSAL, SMOKE, AttentionCase, AttentionInputs, heads_apart, leaf
 from .cases import Work
 from .providers import BOUND, CANDIDATE, OURS, PEER, Operator, Provider, compile_for, refuse_the_interpreter, what_runs
 from .rounds import AbsentError, Outputs
@@ -122,12 +123,13 @@ def flex_table(inputs: AttentionInputs) -> Work:
 def ours(
     inputs: AttentionInputs,
     change: Callable[[Plan], Plan] | None = None,
-    workspace: int | None = None,
+    pictures: int | None = None,
     accumulate: bool = False,
     shared: bool = False,
     deterministic: bool = True,
 ) -> Work:
-    """The Triton kernels, as they are or by another plan, or with a workspace of so many bytes."""
+    """The Triton kernels, as they are or by another plan, or with dS of so many pictures at a time; of one where that
+    is rehearsed."""
     refuse_the_interpreter(inputs.case, inputs.device)
     options: dict[str, Any] = {"deterministic": deterministic}
     if accumulate:
@@ -139,8 +141,7 @@ def ours(
     plan = default if change is None else change(default)
     if change is not None and plan == default:
         raise AbsentError("is what triton does in this case")
-    if workspace is not None and workspace == workspace_bytes():
-        raise AbsentError("is what triton has")
+    workspace = None if pictures is None else workspace_of(inputs.case, 1 if inputs.case.rehearsal else pictures)
 
     @contextlib.contextmanager
     def around() -> Iterator[None]:
@@ -148,7 +149,7 @@ def ours(
             if change is not None or inputs.case.rehearsal:
                 stack.enter_context(pinned(plan))
             if workspace is not None:
-                stack.enter_context(workspace_of(workspace))
+                stack.enter_context(workspace())
             yield
 
     return replace(work, around=around, plan=str(plan))
@@ -162,21 +163,52 @@ def default_plan(inputs: AttentionInputs) -> Plan:
     return attention_plan(arch_of(inputs.device), case.num_tokens, case.head_dim, case.dtype)
 
 
-def workspace_bytes() -> int:
+def workspace_of(case: AttentionCase, pictures: int) -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Room for dS of so many pictures at a time. Raises AbsentError where the workspace that there is has no more."""
     from fused_beit.kernels.rel_pos_attention import launch
 
-    return launch.WORKSPACE_BYTES
+    shape = (case.num_heads, case.num_tokens, case.dtype)
+    default = launch.num_pictures_a_pass(case.batch, *shape)
+    if pictures >= default:
+        raise AbsentError(f"triton takes {default} pictures a pass in this case")
+
+    @contextlib.contextmanager
+    def hold() -> Iterator[None]:
+        before, launch.WORKSPACE_BYTES = launch.WORKSPACE_BYTES, pictures * launch.bytes_a_picture(*shape)
+        try:
+            yield
+        finally:
+            launch.WORKSPACE_BYTES = before
+
+    return hold
 
 
-@contextlib.contextmanager
-def workspace_of(size: int) -> Iterator[None]:
-    from fused_beit.kernels.rel_pos_attention import launch
+def batch_loop(inputs: AttentionInputs, fused: bool = False) -> Work:
+    """Our kernels, but the gradient of the bias by a kernel that loops over the pictures.
 
-    before, launch.WORKSPACE_BYTES = launch.WORKSPACE_BYTES, size
-    try:
-        yield
-    finally:
-        launch.WORKSPACE_BYTES = before
+    fused: one kernel for the gradients of q, k and v, where there is one; else two, as there are in TriFast
+    """
+    refuse_the_interpreter(inputs.case, inputs.device)
+    what_runs(inputs.case, "triton", inputs.device)
+    from .attention_batch_loop import attend, tile_for
+
+    default = default_plan(inputs)
+    plan = default if fused else default._replace(backward_fused=None)
+    if fused and plan.backward_fused is None:
+        raise AbsentError("is what batch-loop does in this case")
+    tile = tile_for(inputs.case.dtype)
+    return attention_work(
+        inputs,
+        lambda: attend(inputs.qkv, inputs.bias),
+        {"qkv": inputs.qkv, "bias": inputs.bias},
+        around=partial(pinned, plan),
+        plan=f"{plan}, of the bias {tile.block_m}x{tile.block_n} by {tile.num_warps} warps",
+    )
+
+
+def cudnn_frontend(inputs: AttentionInputs) -> Work:
+    call, versions = attention_cudnn.attention(inputs)
+    return attention_work(inputs, call, {"qkv": inputs.qkv, "bias": inputs.bias}, plan=versions)
 
 
 def forward_by(*tile: int) -> Callable[[AttentionInputs], Work]:
@@ -192,8 +224,11 @@ CANDIDATES = {
         partial(ours, change=lambda plan: plan._replace(backward_fused=None)),
     ),
 } | {
-    f"triton-workspace-{mib}": Provider(CANDIDATE, f"workspace of {mib} MiB", partial(ours, workspace=mib * 2**20))
-    for mib in (16, 64, 128)
+    # With 12 or 16 heads they are whole rounds of the 132 multiprocessors of an H100 or H200.
+    f"triton-passes-{pictures}": Provider(
+        CANDIDATE, f"dS of {pictures} pictures a pass", partial(ours, pictures=pictures)
+    )
+    for pictures in (33, 66)
 }
 
 # The first is what all others are compared with; what compiles for long comes last.
@@ -219,6 +254,11 @@ PROVIDERS = {
         BOUND,
         "cuDNN, on contiguous q, k, v, the bias without a gradient",
         lambda inputs: apart(inputs, inputs.bias.detach(), SDPBackend.CUDNN_ATTENTION),
+    ),
+    "cudnn-frontend": Provider(PEER, "cuDNN by its frontend, gradient of the bias in a fixed order", cudnn_frontend),
+    "batch-loop": Provider(PEER, "TriFast's scheme: a third kernel that sums dS over the pictures", batch_loop),
+    "batch-loop-fused": Provider(
+        PEER, "the same, the gradients of q, k and v by our fused kernel", partial(batch_loop, fused=True)
     ),
     "xformers": Provider(PEER, "its CUTLASS kernel, on qkv", partial(packed, "xformers")),
     "reference": Provider(PEER, "eager torch", partial(packed, "reference")),

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from benchmark_modules import benchmark
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fused_beit.engine.config import ModelSettings
 
@@ -246,7 +248,7 @@ def test_all_that_is_compared_is_timed_in_the_same_way(monkeypatch, times, by):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: mock.Mock(L2_cache_size=8))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch, "empty", lambda *sizes, **options: None)
+    monkeypatch.setattr(timers, "OtherData", mock.Mock())
     # The first measurement of each is ten times off, as one of a cold run may be.
     measured = mock.Mock(
         side_effect=lambda run: seconds[run] * (10 if measured.call_args_list.count(((run,),)) == 1 else 1)
@@ -257,6 +259,58 @@ def test_all_that_is_compared_is_timed_in_the_same_way(monkeypatch, times, by):
     for run in runs.values():
         timer(run)
     assert {timers.timed_by(timer, run) for run in runs.values()} == {by}
+
+
+class Writes(TorchDispatchMode):
+    """Notes how many bytes each operation of torch writes to tensors that it is given or makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: list[int] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.written += [tensor.nbytes for tensor in tree_leaves(result) if isinstance(tensor, torch.Tensor)]
+        return result
+
+
+def test_a_cache_is_emptied_by_reading_and_all_is_read():
+    data = benchmark("timers").OtherData(4096, device="cpu")
+    data.values[-1] = 1.0
+    with Writes() as writes:
+        data.read()
+    assert writes.written == [4], "it leaves dirty lines, which are written back in the time of the run that follows"
+    assert data.values.nbytes == 4096
+    assert data.largest == 1.0
+
+
+@pytest.mark.parametrize("replayed", [False, True], ids=["events", "CUDA graph"])
+def test_nothing_stands_between_the_emptied_cache_and_the_run_but_the_first_event(monkeypatch, replayed):
+    timers = benchmark("timers")
+    happened: list[str] = []
+
+    def note(what: str, result: object = None) -> Callable[..., object]:
+        return lambda *args, **kwargs: (happened.append(what), result)[1]
+
+    event = mock.Mock(record=note("event"), query=lambda: False, elapsed_time=lambda end: 1.0)
+    stand_ins = {
+        "get_device_properties": lambda device: mock.Mock(L2_cache_size=8),
+        "current_device": lambda: 0,
+        "is_available": lambda: False,
+        "synchronize": lambda: None,
+        "_sleep": note("sleep"),
+        "Event": lambda enable_timing: event,
+    }
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    sizes = []
+    monkeypatch.setattr(timers, "OtherData", lambda size: (sizes.append(size), mock.Mock(read=note("read")))[1])
+    monkeypatch.setattr(timers, "replay", lambda run: note("replay") if replayed else None)
+    timer = timers.EventTimer()
+    monkeypatch.setattr(timer, "REPLAYED", 1.0 if replayed else 0.0)
+    timer(timers.Staged(note("prepare"), note("run")))
+    assert happened[-5:] == ["sleep", "read", "event", "replay" if replayed else "run", "event"]
+    assert sizes == [16], "twice the cache"
 
 
 def test_ids_of_worse_codes_are_refused():

@@ -30,8 +30,8 @@ NONE, STORE, ADD, REDUCE = (mode.value for mode in (backward.NONE, backward.STOR
 WORKSPACE_BYTES = 128 * 2**20
 """Most that the deterministic gradient of the bias keeps of grad_scores at a time, however many pictures there are.
 
-128 MiB hold a layer of BEiT-base at 128 pictures of 197 tokens, which then is one launch. Any value gives the same sum:
-it always runs over the pictures from first to last.
+In half precision 128 MiB hold a layer of BEiT-base at 128 pictures of 197 tokens, which then is one launch; a single
+picture may take more. Any value gives the same bits: the sum always runs over the pictures from first to last.
 """
 
 
@@ -153,16 +153,18 @@ def attention_bwd(
     grad_bias: Tensor | None,
     add_to_bias: bool,
     deterministic: bool,
+    delta: Tensor | None = None,
 ) -> None:
     """Fill the gradients that are given.
 
     grad_bias:     [H, N, N], contiguous, of any dtype
     add_to_bias:   add to what grad_bias holds
     deterministic: sum the gradient of the bias over the pictures in a fixed order
+    delta:         [B, H, N] in the dtype of lse, contiguous: filled too, where a kernel that follows reads it
     """
     call = _Call(q, k, v, bias, mask, scale, out, grad_out, *(grad_qkv or ()))
     grad_q, grad_k, grad_v = grad_qkv or (None, None, None)
-    delta = lse.new_empty(q.shape[:3])
+    delta = lse.new_empty(q.shape[:3]) if delta is None else delta
     fused = call.plan.backward_fused if grad_qkv else None
     tile = fused or call.plan.backward_kv
     tail_m = tail(call.num_tokens, tile.block_m)
@@ -238,7 +240,12 @@ def attention_bwd(
 
 def num_pictures_a_pass(batch: int, num_heads: int, num_tokens: int, dtype: torch.dtype) -> int:
     """Pictures whose grad_scores WORKSPACE_BYTES can hold: one at least."""
-    return max(1, min(batch, WORKSPACE_BYTES // (num_heads * num_tokens * padded_length(num_tokens) * dtype.itemsize)))
+    return max(1, min(batch, WORKSPACE_BYTES // bytes_a_picture(num_heads, num_tokens, dtype)))
+
+
+def bytes_a_picture(num_heads: int, num_tokens: int, dtype: torch.dtype) -> int:
+    """Room that the grad_scores of one picture take."""
+    return num_heads * num_tokens * padded_length(num_tokens) * dtype.itemsize
 
 
 def _grad_scores(q: Tensor, bias_grad: int, pictures_a_pass: int) -> Tensor | None:
