@@ -22,9 +22,8 @@ SECONDS = 5.0
 
 LIMITS = 20
 """Seconds for the limits of the machine, which are measured first."""
-# In the order of their importance, with the seconds that each is given, most of them for compilers (a Triton kernel
-# takes about 0.6 s, and a step by Triton has some twenty): first what the targets are about. What is not here comes
-# after it and has what it leaves.
+# In the order of their importance, with the seconds that each is given, most of them for compilers, Triton's too: first
+# what the targets are about. What is not here comes after it and has what it leaves.
 PLAN: dict[tuple[str, ...], int] = {
     ("rel_pos_attention", "base"): 75,
     (step_names.SUBJECT, step_names.BASE, step_names.AS_THEY_ARE): 50,
