@@ -85,7 +85,7 @@ def imitation() -> str:
     variables = (*_ONEDNN_VARIABLES, "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
     given = " ".join(f"{name}={os.environ[name]}" for name in variables if name in os.environ)
     beyond = torch.backends.mkl.is_available() and not by_mkl
-    exception = ", whose instructions products in fp32, by MKL, still use" if beyond else ""
+    exception = ", but for products in fp32, which MKL makes" if beyond else ""
     return f"imitated by {given} on a processor with {INSTRUCTION_SETS[_native()]}{exception}"
 
 

@@ -96,7 +96,7 @@ def test_two_variables_make_every_processor_one_with_avx2_alone(processor, kind)
     else:
         given = "ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2"
         assert imitated == (
-            f"imitated by {given} on a processor with {kind}, whose instructions products in fp32, by MKL, still use"
+            f"imitated by {given} on a processor with {kind}, but for products in fp32, which MKL makes"
         )
 
 
