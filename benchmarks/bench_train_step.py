@@ -19,6 +19,7 @@ quarters of an hour.
 import pytest
 
 from .rounds import Row
+from .step_names import OURS, PEERS
 from .train_step import DEVICE
 from .train_step_cases import BASE, PROVIDERS, Round, rounds
 from .train_step_timing import check_steps, time_steps
@@ -37,8 +38,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def test_train_step(drive, keep, limits, num_rounds, benchmark, one):
     found = check_steps(one.case, {name: PROVIDERS[name] for name in one.providers})
-    assert not found.failed, "; ".join(f"{name}: {why}" for name, why in found.failed.items())
-    assert "fused_beit" in found.steps, f"our own step cannot run: {found.absent['fused_beit']}"
+    # A peer that failed is in the table and in the results with its reason, and costs nobody else a time.
+    wrong = {name: why for name, why in found.failed.items() if name not in PEERS}
+    assert not wrong, "; ".join(f"{name}: {why}" for name, why in wrong.items())
+    assert OURS in found.steps, f"our own step cannot run: {found.absent[OURS]}"
     wanted = num_rounds(3 if one.case.shape.settings == BASE and DEVICE.type == "cpu" else 5)
     rows = time_steps(found, label=one.label, rounds=wanted, limits=limits, drive=drive)
     benchmark.extra_info |= one.about()

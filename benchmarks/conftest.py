@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from . import machine, results
+from . import machine, results, text
 from .measuring import Checked, about, check_providers, time_providers
 from .operators import OPERATORS
 from .providers import Operator
@@ -114,7 +114,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     path.parent.rmdir()
     if exitstatus == 0:
         folder = Path(session.config.getoption("--keep-results"))
-        for written in results.write_subjects(document, folder / machine.folder_name(machine.device_name(DEVICE))):
+        for written in results.write_subjects(document, folder / machine.folder_name(document["machine_info"])):
             print(f"\nwritten: {written}", end="")
 
 
@@ -260,10 +260,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     rows = config.stash[ROWS]
     if rows:
         terminalreporter.section("providers, timed in turn")
-        threads, commit = torch.get_num_threads(), machine.commit()
-        terminalreporter.line(
-            f"{machine.device_name(DEVICE)}, {threads} threads, torch {torch.__version__}, commit {commit}"
-        )
+        facts = config.stash.get(FACTS, None) or machine.facts(DEVICE)
+        threads, versions = text.threads(facts), facts["versions"]
+        terminalreporter.line(f"{text.named(facts)}, {threads}, torch {versions['torch']}, commit {facts['commit']}")
+        for line in text.about_kind(facts):
+            terminalreporter.line(line)
         if config.getoption("--sizes") == "smoke":
             terminalreporter.line("smoke sizes: these times say only that the benchmarks run")
         for line in table(rows):

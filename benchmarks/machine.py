@@ -5,12 +5,15 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+
+from fused_beit.engine.cpu import has_bf16, imitation, instruction_set  # which needs torch alone
 
 from .timers import device_timer, run_once
 
@@ -30,9 +33,18 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
 
 
-def folder_name(name: str) -> str:
-    """A device's name as that of a folder: "NVIDIA H200" -> "nvidia-h200"."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "unknown"
+def kind(facts: Mapping[str, Any]) -> str:
+    """Of a processor, the instruction set that was used: as "AVX2" or "AVX2, imitated"; of a GPU ""."""
+    if facts["gpu"]:
+        return ""
+    used = facts.get("instruction_set") or "instruction set not recorded"
+    return f"{used}, imitated" if facts.get("imitated") else used
+
+
+def folder_name(facts: Mapping[str, Any]) -> str:
+    """A machine's name as that of a folder: "nvidia-h200", "amd-epyc-avx2", "amd-epyc-avx2-imitated"."""
+    name = f"{facts['device']} {kind(facts)}".lower().replace("(r)", "").replace("(tm)", "")
+    return re.sub(r"[^a-z0-9]+", "-", name).strip("-") or "unknown"
 
 
 def installed(name: str) -> str | None:
@@ -84,6 +96,8 @@ def facts(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "processor": processor(),
+        "instruction_set": instruction_set(),
+        "imitated": imitation(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
@@ -100,13 +114,13 @@ def limits(device: torch.device, *, small: bool = False) -> dict[str, Any]:
 
     bytes_per_s:    of a copy that no cache holds, reads and writes counted
     flops_per_s:    of a large product in bf16, on a CPU in fp32
-    flops_per_s_in: the same by dtype; on a CPU fp32 alone, for some take minutes for a product in half precision
+    flops_per_s_in: the same by dtype, in fp32 and bf16; not in bf16 on a CPU that imitates it, which may take minutes
     empty_run_s:    what the timer gives for nothing
     small:          smaller products and copies, for a rehearsal
     """
     cuda = device.type == "cuda"
     side, size, rounds = (8192, 2**30, 20) if cuda else (256, 2**22, 5) if small else (1024, 2**28, 7)
-    dtypes = (torch.bfloat16, torch.float32) if cuda else (torch.float32,)
+    dtypes = (torch.bfloat16, torch.float32) if cuda else (torch.float32, torch.bfloat16)[: 1 + has_bf16()]
     timer = device_timer(device)
     source = torch.zeros(size, dtype=torch.int8, device=device)
     target = torch.empty_like(source)

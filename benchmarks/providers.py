@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -67,7 +67,14 @@ def what_runs(case: Case, impl: str, device: torch.device) -> str:
     return f"{resolved.impl.value}: {resolved.reason}" if impl == "auto" else ""
 
 
-def refuse_the_interpreter(case: Case, device: torch.device) -> None:
+class Rehearsable(Protocol):
+    """A case of an operator or of the training step."""
+
+    @property
+    def rehearsal(self) -> bool: ...
+
+
+def refuse_the_interpreter(case: Rehearsable, device: torch.device) -> None:
     if device.type == "cpu" and not case.rehearsal:
         raise AbsentError("on a CPU Triton runs only in its interpreter, whose times say nothing")
 

@@ -150,7 +150,7 @@ def roofline_of(machine: Machine, works: Sequence[dict[str, Any]]) -> str:
         rate = flops / providers[other]["median"] if other else None
         ours = flops / providers[ours_of(providers)]["median"]
         points.append((f"{extra['operator']} {extra['name']}", flops / extra["bytes"], ours, rate))
-    title = f"{machine.info['device']}: ours filled, the fastest other exact way hollow"
+    title = f"{text.named(machine.info)}: ours filled, the fastest other hollow"
     return plots.roofline(title, machine.info["limits"], points)
 
 
@@ -203,10 +203,12 @@ def results_page(machines: Sequence[Machine], pictures: Mapping[str, Sequence[st
     lines = [INTRODUCTION]
     for machine in machines:
         name, about = machine.folder.name, text.machine_lines(machine.info)
-        lines += [f"## {machine.info['device']}", "", *(f"- {line}" for line in about), ""]
+        lines += [f"## {text.named(machine.info)}", "", *(f"- {line}" for line in about), ""]
         if machine.info["gpu"]:
             rows = [row for found in machine.subjects.values() for row in results.rows_of(found)]
-            lines += [*text.markdown(text.target_table(verdicts(rows))), ""]
+            said = verdicts(rows)
+            lines += [*text.markdown(text.target_table(said)), ""]
+            lines += [line for note in text.target_notes(said) for line in (f"\\{note}", "")]
         lines += [
             line for picture in pictures[name] for line in (f"![{Path(picture).stem}](results/{name}/{picture})", "")
         ]
@@ -231,8 +233,8 @@ def subject_part(subject: str, found: Document, about: Sequence[str]) -> list[st
 
 
 def about_run(info: Mapping[str, Any]) -> str:
-    about = f"{info['device']}, {text.threads(info)}, torch {info['versions']['torch']}, commit {info['commit']}"
-    return f"{about}; {text.load(info)}"
+    about = f"**{text.named(info)}**, {text.threads(info)}, torch {info['versions']['torch']}, commit {info['commit']}"
+    return "; ".join([about, *text.about_kind(info), text.load(info)])
 
 
 def about_mfu(benchmarks: Sequence[Mapping[str, Any]]) -> list[str]:

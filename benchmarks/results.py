@@ -137,9 +137,13 @@ def load(path: Path) -> Document:
 
 
 def rows_of(found: Document) -> Iterator[dict[str, Any]]:
-    """Every row of a document with its `case`, `provider` and, for operators, `operator`, `name`, `direction`."""
+    """Every row of a document with its `case`, `provider` and, for operators, `operator`, `name`, `direction`.
+
+    Each has the machine's rate of a large copy too, `copy_gb_per_s`.
+    """
+    limit = {"copy_gb_per_s": found["machine_info"]["limits"]["bytes_per_s"] / 1e9}
     for benchmark in found["benchmarks"]:
         extra = benchmark["extra_info"]
-        about = {key: extra[key] for key in ("case", "operator", "name", "direction") if key in extra}
+        about = limit | {key: extra[key] for key in ("case", "operator", "name", "direction") if key in extra}
         for provider, row in extra.get("providers", {}).items():
             yield about | {"provider": provider} | row

@@ -74,6 +74,26 @@ def check(name: str, outputs: Outputs, eager: Outputs, exact: Outputs, dtype: to
     return errors
 
 
+def check_same_work(
+    name: str, outputs: Outputs, eager: Outputs, exact: Outputs, dtype: torch.dtype
+) -> dict[str, float]:
+    """Hold a peer's outputs to what `check` asks of eager torch itself: half of the digits of `dtype` are right.
+
+    Whether a peer did the same work is the question here, not how well it rounds: it may sum in another order, whose
+    error may be any multiple of eager torch's. sqrt(eps) is as far from one rounding, eps, as from no digit right, 1.
+    """
+    errors = {}
+    allowed = torch.finfo(dtype).eps ** 0.5
+    for key, reference in exact.items():
+        assert outputs[key].shape == reference.shape, f"{name}: {key} has shape {tuple(outputs[key].shape)}"
+        errors[key] = relative_error(outputs[key], reference)
+        assert errors[key] <= allowed, (
+            f"{name}: {key}: error {errors[key]:.2e} of its norm exceeds {allowed:.2e}, half of the digits of {dtype} "
+            f"(eager torch's error is {relative_error(eager[key], reference):.2e})"
+        )
+    return errors
+
+
 def relative_error(actual: Tensor, exact: Tensor) -> float:
     """Norm of the difference over the norm of the float64 result; of a result of zeros, the difference itself."""
     return float((actual.double() - exact).norm() / (exact.norm() or 1))
@@ -225,13 +245,14 @@ def summary(row: Row) -> dict[str, Any]:
 def table(rows: Sequence[Row]) -> list[str]:
     """The rows as aligned text: median with quartiles, and how many times the first one's time; then who is missing."""
     width = max(len(row.case) for row in rows)
-    lines = [f"{'case':{width}} {'provider':24} {'median ms (quartiles)':>30}  {'over first':>10}"]
+    longest = max(len(row.provider) for row in rows)
+    lines = [f"{'case':{width}} {'provider':{longest}} {'median ms (quartiles)':>30}  {'over first':>10}"]
     for row in rows:
         if row.seconds:
             q1, median, q3 = (1e3 * seconds for seconds in quartiles(row.seconds))
             ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
             times = f"{median:.4g} ({q1:.4g} to {q3:.4g})"
-            lines.append(f"{row.case:{width}} {row.provider:24} {times:>30}  {ratio:>10}")
+            lines.append(f"{row.case:{width}} {row.provider:{longest}} {times:>30}  {ratio:>10}")
     untimed = [row for row in rows if not row.seconds]
     for why in dict.fromkeys(row.failed or row.absent for row in untimed):
         missing = [row for row in untimed if (row.failed or row.absent) == why]
@@ -239,5 +260,5 @@ def table(rows: Sequence[Row]) -> list[str]:
         # Where some of their rows have a time or another reason, the cases are named.
         everywhere = len(missing) == sum(row.provider in names for row in rows)
         cases = "" if everywhere else f" ({'; '.join(dict.fromkeys(row.case for row in missing))})"
-        lines.append(f"not timed: {', '.join(names)}{cases}: {why}")
+        lines.append(f"not timed: {'; '.join(names)}{cases}: {why}")
     return lines

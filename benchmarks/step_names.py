@@ -6,6 +6,8 @@ A group of providers is timed in one round, and all its models are on the device
 SUBJECT = "train_step"
 OURS = "fused_beit"
 OURS_COMPILED = "fused_beit, compiled"
+TRITON = "fused_beit, triton"
+TRITON_COMPILED = "fused_beit, triton, compiled"
 TIMM, TIMM_COMPILED = "timm", "timm, compiled"
 TRANSFORMERS = ("transformers, sdpa", "transformers, eager")
 TRANSFORMERS_COMPILED = "transformers, compiled"
@@ -14,11 +16,21 @@ BESIDE = "fused_beit, tokenizer beside it"
 ZERO_1 = "fused_beit, ZeRO 1"
 NO_DEEPSPEED = "fused_beit, no DeepSpeed"
 
+PEERS = (TIMM, *TRANSFORMERS, TIMM_COMPILED, TRANSFORMERS_COMPILED)
+"""All others are ours."""
+
+
+def by_triton(name: str) -> str:
+    """Our step with the same thing changed, all its operators by Triton."""
+    return name.replace(OURS, TRITON, 1)
+
+
+CHANGED = (IN_THE_LOOP, BESIDE, ZERO_1, NO_DEEPSPEED)
 AS_THEY_ARE, COMPILED, VARIED = "as they are", "compiled", "ours varied"
 GROUPS: dict[str, tuple[str, ...]] = {
-    AS_THEY_ARE: (OURS, TIMM, *TRANSFORMERS),
-    COMPILED: (OURS, OURS_COMPILED, TIMM_COMPILED, TRANSFORMERS_COMPILED),
-    VARIED: (OURS, IN_THE_LOOP, BESIDE, ZERO_1, NO_DEEPSPEED),
+    AS_THEY_ARE: (OURS, TRITON, TIMM, *TRANSFORMERS),
+    COMPILED: (OURS, TRITON, OURS_COMPILED, TRITON_COMPILED, TIMM_COMPILED, TRANSFORMERS_COMPILED),
+    VARIED: (OURS, TRITON, *CHANGED, *map(by_triton, CHANGED)),
 }
 """The first one is what the others of a group are compared with."""
 
@@ -27,9 +39,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
 BASE, LARGE = "base-bf16", "large-bf16"
 ROUNDS = (
     (BASE, AS_THEY_ARE),
-    (BASE, VARIED),
     (LARGE, AS_THEY_ARE),
     (BASE, COMPILED),
+    (BASE, VARIED),
     (LARGE, COMPILED),
     ("small-bf16", AS_THEY_ARE),
     ("tiny-bf16", AS_THEY_ARE),

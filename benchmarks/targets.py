@@ -1,4 +1,7 @@
-"""What operators and training step are to reach on an H200 in bf16, and whether rows of results say that they do."""
+"""What operators and training step are to reach on an H100 or H200 in bf16, and whether rows of results say so.
+
+A floor and a matrix rate are those that the same run measured on its machine. Of the step, ours is that by Triton.
+"""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -21,15 +24,19 @@ class Target(NamedTuple):
     unit: str
     value: Callable[[Rows], float | None]
     """The figure that was measured; None where it was not."""
+    note: str = ""
+    """What a reader could mistake it for."""
 
 
 ATTENTION = "rel_pos_attention"
 
 
-def microseconds(operator: str, case: str, direction: str) -> Callable[[Rows], float | None]:
+def over_memory_floor(operator: str, case: str, direction: str) -> Callable[[Rows], float | None]:
+    """How many times the time in which a copy moves the bytes that the work demands."""
+
     def value(rows: Rows) -> float | None:
         row = rows.get((operator, case, direction, "triton"))
-        return None if row is None else 1e6 * row["median"]
+        return None if row is None else row["copy_gb_per_s"] / row["gb_per_s"]
 
     return value
 
@@ -96,11 +103,19 @@ def step_row(rows: Rows, case: str, group: str, provider: str) -> dict[str, Any]
     return rows.get((step.SUBJECT, case, group, provider), {})
 
 
+def relative_times(rows: Rows, case: str, group: str) -> dict[str, float]:
+    """Of all that were timed in turn, the time over that of the one they are compared with; empty where it has none."""
+    found = {name: step_row(rows, case, group, name) for name in step.GROUPS[group]}
+    first = {row["over"] for row in found.values() if row.get("over")}
+    ratios = {name: 1.0 if name in first else row.get("ratio") for name, row in found.items() if row}
+    return {name: ratio for name, ratio in ratios.items() if ratio}
+
+
 def mfu(case: str) -> Callable[[Rows], float | None]:
     """Share of the measured matrix rate in percent, tokens given: of our step as it is or compiled, the faster."""
 
     def value(rows: Rows) -> float | None:
-        ours = ((step.AS_THEY_ARE, step.OURS), (step.COMPILED, step.OURS_COMPILED))
+        ours = ((step.AS_THEY_ARE, step.TRITON), (step.COMPILED, step.TRITON), (step.COMPILED, step.TRITON_COMPILED))
         return max((100 * row["mfu"] for key in ours if "mfu" in (row := step_row(rows, case, *key))), default=None)
 
     return value
@@ -110,25 +125,28 @@ def step_over_ours(group: str, *providers: str) -> Callable[[Rows], float | None
     """How many times our time the fastest of these takes; ours is the faster of those in the same rounds."""
 
     def value(rows: Rows) -> float | None:
-        found = {name: step_row(rows, step.BASE, group, name) for name in (*providers, step.OURS_COMPILED)}
-        ratios = {name: row["ratio"] for name, row in found.items() if row.get("over") == step.OURS}
-        ours = min(1.0, ratios.pop(step.OURS_COMPILED, 1.0))
-        return min(ratios.values()) / ours if ratios else None
+        times = relative_times(rows, step.BASE, group)
+        ours, others = (
+            min((times[name] for name in names if name in times), default=None)
+            for names in ((step.TRITON, step.TRITON_COMPILED), providers)
+        )
+        return others / ours if ours and others else None
 
     return value
 
 
 def speed_with_tokenizer(rows: Rows) -> float | None:
     """Share in percent of the speed with cached tokens that is left with the tokenizer in the loop."""
-    row = step_row(rows, step.BASE, step.VARIED, step.IN_THE_LOOP)
-    return 100 / row["ratio"] if row.get("over") == step.OURS else None
+    times = relative_times(rows, step.BASE, step.VARIED)
+    cached, in_the_loop = times.get(step.TRITON), times.get(step.by_triton(step.IN_THE_LOOP))
+    return 100 * cached / in_the_loop if cached and in_the_loop else None
 
 
 def share_of_deepspeed(rows: Rows) -> float | None:
     """Percent of a step at ZeRO stage 1 that the same step without DeepSpeed does not take."""
-    sharded, plain = (step_row(rows, step.BASE, step.VARIED, name) for name in (step.ZERO_1, step.NO_DEEPSPEED))
-    same = sharded.get("over") == plain.get("over") == step.OURS
-    return 100 * (1 - plain["ratio"] / sharded["ratio"]) if same else None
+    times = relative_times(rows, step.BASE, step.VARIED)
+    sharded, plain = (times.get(step.by_triton(name)) for name in (step.ZERO_1, step.NO_DEEPSPEED))
+    return 100 * (1 - plain / sharded) if sharded and plain else None
 
 
 def share_of_memory(rows: Rows) -> float | None:
@@ -138,16 +156,28 @@ def share_of_memory(rows: Rows) -> float | None:
         row = step_row(rows, step.BASE, step.AS_THEY_ARE, provider)
         return row["state_bytes"] + row["peak_bytes"] if {"state_bytes", "peak_bytes"} <= row.keys() else None
 
-    ours, peers = peak(step.OURS), [size for name in (step.TIMM, *step.TRANSFORMERS) if (size := peak(name))]
+    ours, peers = peak(step.TRITON), [size for name in (step.TIMM, *step.TRANSFORMERS) if (size := peak(name))]
     return ours / min(peers) if ours and peers else None
 
 
+def of_attention(direction: str) -> tuple[Target, ...]:
+    """What one direction of attention is held to: the machine's memory, and the best that gives the same."""
+    floor, others = over_memory_floor(ATTENTION, "base", direction), over_ours(ATTENTION, "base", direction)
+    return (
+        Target(f"{ATTENTION}: {direction} over its memory floor", 2, True, "x", floor),
+        Target(f"{ATTENTION}: {direction}, the fastest exact alternative over ours", 2, False, "x", others),
+    )
+
+
+MFU_NOTE = (
+    "of the matrix rate that this machine reached in a large product; the `mfu` that a run logs is of the datasheet's: "
+    "where 798 TFLOP/s were measured of 989, 48 % here are 39 % there"
+)
 LOSS, CODE = "token_loss", "nearest_code"
 MATMULS = ("matmul-max", "matmul-max-rounded")
 TARGETS = (
-    Target(f"{ATTENTION}: forward", 60, True, "us", microseconds(ATTENTION, "base", FORWARD)),
-    Target(f"{ATTENTION}: backward", 160, True, "us", microseconds(ATTENTION, "base", BACKWARD)),
-    Target(f"{ATTENTION}: the fastest exact alternative over ours", 3, False, "x", over_ours(ATTENTION, "base", BOTH)),
+    *of_attention(FORWARD),
+    *of_attention(BACKWARD),
     Target(
         f"{ATTENTION}: speed of flash without bias",
         0.9,
@@ -170,18 +200,18 @@ TARGETS = (
     Target(f"{LOSS}: extra memory", 200, True, "MB", extra_megabytes(LOSS, "base", BOTH)),
     Target(f"{CODE}: matmul + argmax over ours, D = 2048", 2, False, "x", over_ours(CODE, "dvae", FORWARD, *MATMULS)),
     Target(f"{CODE}: matmul + argmax over ours, D = 32", 2, False, "x", over_ours(CODE, "vqkd", FORWARD, *MATMULS)),
-    Target(f"{step.SUBJECT}: share of the matrix rate, base", 60, False, "%", mfu(step.BASE)),
-    Target(f"{step.SUBJECT}: share of the matrix rate, large", 65, False, "%", mfu(step.LARGE)),
-    Target(f"{step.SUBJECT}: timm over ours", 2, False, "x", step_over_ours(step.AS_THEY_ARE, step.TIMM)),
+    Target(f"{step.SUBJECT}: share of the matrix rate, base", 48, False, "%", mfu(step.BASE), MFU_NOTE),
+    Target(f"{step.SUBJECT}: share of the matrix rate, large", 57, False, "%", mfu(step.LARGE), MFU_NOTE),
+    Target(f"{step.SUBJECT}: timm over ours", 1.8, False, "x", step_over_ours(step.AS_THEY_ARE, step.TIMM)),
     Target(
-        f"{step.SUBJECT}: transformers over ours", 2, False, "x", step_over_ours(step.AS_THEY_ARE, *step.TRANSFORMERS)
+        f"{step.SUBJECT}: transformers over ours", 1.8, False, "x", step_over_ours(step.AS_THEY_ARE, *step.TRANSFORMERS)
     ),
     Target(
-        f"{step.SUBJECT}: compiled timm over ours", 1.3, False, "x", step_over_ours(step.COMPILED, step.TIMM_COMPILED)
+        f"{step.SUBJECT}: compiled timm over ours", 1.4, False, "x", step_over_ours(step.COMPILED, step.TIMM_COMPILED)
     ),
     Target(
         f"{step.SUBJECT}: compiled transformers over ours",
-        1.3,
+        1.4,
         False,
         "x",
         step_over_ours(step.COMPILED, step.TRANSFORMERS_COMPILED),
@@ -212,5 +242,6 @@ def verdicts(rows: Iterable[dict[str, Any]], *, rehearsal: bool = False) -> list
         else:
             verdict = "held" if (value <= target.wanted if target.at_most else value >= target.wanted) else "missed"
         bound = f"{'at most' if target.at_most else 'at least'} {target.wanted:g} {target.unit}"
-        found.append({"target": target.what, "wanted": bound, "value": value, "unit": target.unit, "verdict": verdict})
+        about = {"target": target.what, "wanted": bound, "value": value, "unit": target.unit, "verdict": verdict}
+        found.append(about | ({"note": target.note} if target.note else {}))
     return found

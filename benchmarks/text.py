@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from . import machine
+
 Table = list[list[str]]
 """A line of names, then a line a row."""
 
@@ -67,16 +69,23 @@ def without_a_time(benchmarks: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
     for why, names in found.items():
         said = [name if len(cases) == everywhere else f"{name} ({'; '.join(cases)})" for name, cases in names.items()]
-        lines.append(f"{', '.join(said)}: {why}")
+        lines.append(f"{'; '.join(said)}: {why}")
     return lines
 
 
 def target_table(verdicts: Sequence[Mapping[str, Any]]) -> Table:
-    table = [["target on an H200", "wanted", "measured", ""]]
+    """A `*` marks targets that `target_notes` has a word on."""
+    table = [["target on an H100 or H200", "wanted", "measured", ""]]
     for target in verdicts:
         value = "" if target["value"] is None else f"{target['value']:.4g} {target['unit']}"
-        table.append([target["target"], target["wanted"], value, target["verdict"]])
+        name = target["target"] + ("*" if "note" in target else "")
+        table.append([name, target["wanted"], value, target["verdict"]])
     return table
+
+
+def target_notes(verdicts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each note, to stand under the table."""
+    return [f"* {note}" for note in dict.fromkeys(target["note"] for target in verdicts if "note" in target)]
 
 
 def machine_lines(info: Mapping[str, Any]) -> list[str]:
@@ -86,12 +95,23 @@ def machine_lines(info: Mapping[str, Any]) -> list[str]:
     limits = info["limits"]
     rates = ", ".join(f"{rate / 1e12:.4g} TFLOP/s in {dtype}" for dtype, rate in limits["flops_per_s_in"].items())
     return [
-        f"{info['device']}{driver}, {threads(info)}, Python {info['python']}, {versions}",
+        f"{named(info)}{driver}, {threads(info)}, Python {info['python']}, {versions}",
+        *about_kind(info),
         load(info),
         f"commit {info['commit']}, kernels {info['sources']}",
         f"limits measured: {limits['bytes_per_s'] / 1e9:.4g} GB/s, {rates}; an empty run "
         f"{1e6 * limits['empty_run_s']:.1f} us",
     ]
+
+
+def named(info: Mapping[str, Any]) -> str:
+    """The device; a processor with its kind."""
+    return ", ".join(filter(None, (info["device"], machine.kind(info))))
+
+
+def about_kind(info: Mapping[str, Any]) -> list[str]:
+    """A line on how a processor was imitated, where it was."""
+    return [f"{info['instruction_set']} {info['imitated']}"] if info.get("imitated") else []
 
 
 def threads(info: Mapping[str, Any]) -> str:

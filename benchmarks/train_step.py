@@ -16,7 +16,7 @@ from fused_beit.engine.models.flops import pretraining_flops
 from fused_beit.engine.models.mim import MaskedImageModel
 from fused_beit.engine.tokenizer.dvae import DiscreteVAE
 
-from .rounds import Outputs, check
+from .rounds import Outputs, check, check_same_work
 from .tokenizer import TokenizerShape, build_tokenizer, random_views
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -62,6 +62,8 @@ class Case:
     dtype: torch.dtype
     note: str = ""
     """Why it is not the case that one would expect here."""
+    rehearsal: bool = False
+    """Whether Triton's interpreter may stand in for a GPU, whose times mean nothing."""
 
     def __str__(self) -> str:
         return f"{self.name}, batch {self.shape.batch}, {str(self.dtype).removeprefix('torch.')}"
@@ -110,8 +112,7 @@ class Case:
     def autocast(self) -> torch.autocast:
         return torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.dtype == BF16)
 
-    @property
-    def run_settings(self) -> Settings:
+    def run_settings(self, impl: str) -> Settings:
         """The settings with which our engine makes this step."""
         shape = self.shape
         return Settings(
@@ -119,7 +120,7 @@ class Case:
             data=DataSettings(image_size=shape.image_size, normalize=NORMALIZE),
             mask=MaskSettings(num_patches=shape.num_masked),
             optim=OPTIM,
-            train=TrainSettings(global_batch=shape.batch, threads=torch.get_num_threads()),
+            train=TrainSettings(global_batch=shape.batch, threads=torch.get_num_threads(), impl=impl),
         )
 
 
@@ -135,11 +136,11 @@ def token_views(shape: Shape) -> Tensor:
     return random_views(shape.tokenizer, shape.batch, DEVICE)
 
 
-def make_token_ids(shape: Shape) -> Tensor:
+def make_token_ids(shape: Shape, impl: str = "auto") -> Tensor:
     """int64 [B, P]: the tokenizer's pass, in the precision of the run, as `evaluation.tokens_of` has it."""
     assert shape.tokenizer is not None
     with torch.autocast(DEVICE.type, BF16, enabled=shape.tokens_in_bf16):
-        return frozen_tokenizer(shape.tokenizer).encode(token_views(shape))
+        return frozen_tokenizer(shape.tokenizer).encode(token_views(shape), impl=impl)
 
 
 @functools.lru_cache(maxsize=1)
@@ -260,10 +261,14 @@ class References:
         self.eager = passes(our_model(case.shape, "reference"), case)
         self.exact = exact(case.shape)
 
-    def check(self, name: str, outputs: Outputs) -> dict[str, float]:
-        """The relative errors of a provider. Raises AssertionError where one breaks the house's rule."""
-        errors = check_pass(name, outputs, self.eager, self.exact, self.case.dtype)
-        return errors | check_update(name, outputs, self.case)
+    def check(self, name: str, outputs: Outputs, *, peer: bool = False) -> dict[str, float]:
+        """The relative errors of a provider. Raises AssertionError for a wrong result.
+
+        Ours is held to the house's rule, a peer to having done the same work, as `rounds.check_same_work` says.
+        """
+        rule = check_same_work if peer else check
+        errors = check_pass(name, outputs, self.eager, self.exact, self.case.dtype, rule)
+        return errors | check_update(name, outputs, self.case, rule)
 
 
 @functools.lru_cache(maxsize=1)
@@ -290,14 +295,20 @@ def passes(model: MaskedImageModel, case: Case) -> dict[str, Tensor]:
     return {"logits": torch.cat(logits), **gradients, "loss": torch.stack(losses).sum()}
 
 
-def check_pass(name: str, outputs: Outputs, eager: Outputs, exact: Outputs, dtype: torch.dtype) -> dict[str, float]:
-    """Assert scores and gradients by the house's rule, and that the loss is the one of these scores.
+Rule = Callable[[str, Outputs, Outputs, Outputs, torch.dtype], dict[str, float]]
+"""`rounds.check` or `rounds.check_same_work`."""
+
+
+def check_pass(
+    name: str, outputs: Outputs, eager: Outputs, exact: Outputs, dtype: torch.dtype, rule: Rule
+) -> dict[str, float]:
+    """Assert scores and gradients by a rule, and that the loss is the one of these scores.
 
     A mean cross-entropy moves by no more than twice the largest change of a score, so the scores' error bounds the
     loss's; comparing two losses alone would pass or fail by how errors happen to cancel.
     """
     tensors = {key: value for key, value in exact.items() if key != "loss"}
-    errors = check(name, outputs, eager, tensors, dtype)
+    errors = rule(name, outputs, eager, tensors, dtype)
     largest = (outputs["logits"].double() - exact["logits"]).abs().max()
     bound = 2 * largest + torch.finfo(dtype).eps * exact["loss"].abs()
     off = (outputs["loss"].double() - exact["loss"]).abs()
@@ -305,7 +316,7 @@ def check_pass(name: str, outputs: Outputs, eager: Outputs, exact: Outputs, dtyp
     return errors | {"loss": float(off / exact["loss"].abs())}
 
 
-def check_update(name: str, outputs: Outputs, case: Case) -> dict[str, float]:
+def check_update(name: str, outputs: Outputs, case: Case, rule: Rule) -> dict[str, float]:
     """Hold clipping, decay and AdamW to torch's AdamW in float64 on the gradients that the provider itself found.
 
     AdamW's first step hardly depends on the size of a gradient, so that clipping shows only in the moment. By how much
@@ -323,7 +334,7 @@ def check_update(name: str, outputs: Outputs, case: Case) -> dict[str, float]:
         allowed = torch.finfo(torch.float32).eps ** 0.5
         assert off <= allowed, f"{name}: {key} is clipped to {clip:.6g} of its gradient, where {wanted:.6g} is right"
         eager, exact = (adamw_step(key, weight, clip * gradient, dtype) for dtype in (torch.float32, torch.float64))
-        errors |= check(name, outputs, eager, exact, torch.float32)
+        errors |= rule(name, outputs, eager, exact, torch.float32)
     return errors
 
 

@@ -108,7 +108,9 @@ def on_gpu() -> list[Round]:
 
 def rehearsal() -> list[Round]:
     """Small, and in fp32, which every processor has; under the names of what they stand for."""
-    tiny = {name: replace(SMOKE["fp32"], name=f"tiny in place of {name}") for name, _ in names.REHEARSED}
+    tiny = {
+        name: replace(SMOKE["fp32"], name=f"tiny in place of {name}", rehearsal=True) for name, _ in names.REHEARSED
+    }
     return [group_of(name, group, tiny[name], SMOKE_TOKENIZER) for name, group in names.REHEARSED]
 
 

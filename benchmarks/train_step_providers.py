@@ -3,7 +3,7 @@
 Weights, loss and the optimizer's settings are the same; how the step is made is what each one's user has by default:
 ours by `ZeroEngine`, as a run makes it; timm's by torch's AdamW as `create_optimizer_v2` builds it, transformers' by
 the fused one that is its Trainer's default; both clip by `clip_grad_norm_`. All decay the parameters that BEiT's recipe
-decays.
+decays. Ours is there by Triton too, as `--train.impl triton` has it.
 """
 
 from collections.abc import Callable
@@ -14,21 +14,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_beit.engine.models.mim import MaskedImageModel
 from fused_beit.engine.training.optim import GuardedAdamW, parameter_groups
 from fused_beit.engine.training.zero import ZeroEngine
 
+from . import step_names as names
 from . import timm_beit, transformers_beit
 from .engine_runtime import runtime
+from .providers import refuse_the_interpreter
 from .rounds import AbsentError
 from .train_step import DEVICE, OPTIM, Case, Step, our_model, watched
 
 
-def fused_beit(case: Case, *, compiled: bool = False) -> Step:
+def ours(case: Case, impl: str) -> MaskedImageModel:
+    """Our model, its operators by `impl`. Raises AbsentError for Triton where only its interpreter could run it."""
+    if impl == "triton":
+        refuse_the_interpreter(case, DEVICE)
+    return our_model(case.shape, impl)
+
+
+def how(impl: str) -> str:
+    return "" if impl == "auto" else f", impl={impl}"
+
+
+def fused_beit(case: Case, impl: str = "auto", *, compiled: bool = False) -> Step:
     """Our model under DeepSpeed, from uint8 pixels to the new weights."""
-    model = our_model(case.shape, "auto")
+    model = ours(case, impl)
     if compiled:  # as --train.compile does
         model.encoder.compile_blocks()
-    engine = ZeroEngine(model, case.run_settings, runtime(), bf16=case.dtype == torch.bfloat16)
+    engine = ZeroEngine(model, case.run_settings(impl), runtime(), bf16=case.dtype == torch.bfloat16)
     optimizer = engine.optimizer
     assert isinstance(optimizer, GuardedAdamW), "one rank has stage 0, which has this optimizer"
 
@@ -50,7 +64,7 @@ def fused_beit(case: Case, *, compiled: bool = False) -> Step:
             engine.step,
             optimizer,
             watched(model),
-            "the engine's own step: DeepSpeed at ZeRO stage 0, GuardedAdamW",
+            f"the engine's own step: DeepSpeed at ZeRO stage 0, GuardedAdamW{how(impl)}",
         ),
         compiled,
     )
@@ -154,13 +168,15 @@ def first_run(step: Step, compiled: bool) -> Step:
 
 
 EAGER: dict[str, Callable[[Case], Step]] = {
-    "fused_beit": fused_beit,
-    "timm": timm,
+    names.OURS: fused_beit,
+    names.TRITON: partial(fused_beit, impl="triton"),
+    names.TIMM: timm,
     "transformers, sdpa": transformers,
     "transformers, eager": partial(transformers, attention="eager"),
 }
 COMPILED: dict[str, Callable[[Case], Step]] = {
-    "fused_beit, compiled": partial(fused_beit, compiled=True),
-    "timm, compiled": partial(timm, compiled=True),
-    "transformers, compiled": partial(transformers, compiled=True),
+    names.OURS_COMPILED: partial(fused_beit, compiled=True),
+    names.TRITON_COMPILED: partial(fused_beit, impl="triton", compiled=True),
+    names.TIMM_COMPILED: partial(timm, compiled=True),
+    names.TRANSFORMERS_COMPILED: partial(transformers, compiled=True),
 }

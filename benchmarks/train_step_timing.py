@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 
+from fused_beit.kernels import ImplUnavailable
+
 from .measuring import Told, first_line
 from .rounds import AbsentError, Drive, Row, every_round, give_back, quartiles, time_in_turn, time_once
 from .spread import add_spread
+from .step_names import PEERS
 from .timers import memory, wall_seconds
 from .train_step import DEVICE, Case, References, Step
 
@@ -39,7 +42,8 @@ def check_steps(
 ) -> Checked:
     """Build every provider and hold its first step to `References`; `told`, `broken` and `why_stop` as in `measuring`.
 
-    A provider is absent where it says so itself or has no memory. Whatever else it raises has failed, of a peer too.
+    A provider is absent where it says so itself or has no memory. Whatever else it raises has failed, of a peer too;
+    the others are tried and timed all the same.
     """
     found = Checked(case)
     if "torch._dynamo" in sys.modules:  # which takes seconds to load, and has compiled nothing where it is not
@@ -74,9 +78,9 @@ def try_step(found: Checked, name: str, make: Make, references: References) -> N
     """Add the provider's step to `found`, or the reason why there is none."""
     try:
         step = make(found.case)
-        found.errors[name] = references.check(name, step.outputs())
+        found.errors[name] = references.check(name, step.outputs(), peer=name in PEERS)
         found.steps[name] = step
-    except AbsentError as error:
+    except (AbsentError, ImplUnavailable) as error:
         found.absent[name] = first_line(error)
     except torch.OutOfMemoryError as error:
         found.absent[name] = f"out of memory: {first_line(error)}"
@@ -93,7 +97,7 @@ def time_steps(
     *,
     label: str,
     rounds: int,
-    limits: Mapping[str, float],
+    limits: Mapping[str, Any],
     seconds: float | None = None,
     drive: Drive = every_round,
 ) -> list[Row]:
@@ -135,5 +139,5 @@ def rates(case: Case, seconds: float, limits: Mapping[str, Any]) -> dict[str, fl
     """Pictures/s, GFLOP/s, and MFU where the matrix rate was measured in this precision."""
     flops_per_s = case.shape.flops / seconds
     found = {"pictures_per_s": case.shape.batch / seconds, "gflop_per_s": flops_per_s / 1e9}
-    of_the_limit = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32  # as machine.limits measures it
-    return found | ({"mfu": flops_per_s / limits["flops_per_s"]} if case.dtype == of_the_limit else {})
+    rate = limits["flops_per_s_in"].get(str(case.dtype).removeprefix("torch."))
+    return found | ({"mfu": flops_per_s / rate} if rate else {})

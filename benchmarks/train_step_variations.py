@@ -1,8 +1,9 @@
 """Our step with one thing changed: tokens made in the step or beside it, DeepSpeed at ZeRO stage 1, no DeepSpeed."""
 
 import copy
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from fused_beit.engine.training.timeline import Timeline
 from fused_beit.engine.training.zero import ZeroEngine
 
 from .engine_runtime import runtime
-from .step_names import BESIDE, IN_THE_LOOP, NO_DEEPSPEED, ZERO_1
+from .step_names import BESIDE, IN_THE_LOOP, NO_DEEPSPEED, ZERO_1, by_triton
 from .tokenizer import check_ids, scores_of
 from .train_step import (
     BF16,
@@ -24,43 +25,45 @@ from .train_step import (
     Step,
     frozen_tokenizer,
     make_token_ids,
-    our_model,
     token_views,
     watched,
 )
-from .train_step_providers import fused_beit, peer
+from .train_step_providers import fused_beit, how, ours, peer
 
 
+@dataclass(frozen=True)
 class InTheLoop(Case):
     """A case whose tokens are made anew whenever a step asks for them, as in a run without a cache of tokens."""
 
+    impl: str = "auto"
+
     @property
     def token_ids(self) -> Tensor:  # type: ignore[override]
-        return make_token_ids(self.shape)
+        return make_token_ids(self.shape, self.impl)
 
 
-def tokenizer_in_the_loop(case: Case) -> Step:
+def tokenizer_in_the_loop(case: Case, impl: str = "auto") -> Step:
     """The engine's step after the tokenizer's pass over uint8 views, as the training loop calls both.
 
     Raises:
         AssertionError: where the tokenizer chooses a worse code than plain torch would.
     """
-    check_tokens(case)
-    step = fused_beit(InTheLoop(case.name, case.shape, case.dtype, case.note))
+    step = fused_beit(InTheLoop(case.name, case.shape, case.dtype, case.note, case.rehearsal, impl), impl)
+    check_tokens(case, impl)
     return replace(step, about=f"{step.about}; the tokenizer's pass before it")
 
 
-def check_tokens(case: Case) -> None:
+def check_tokens(case: Case, impl: str) -> None:
     """Hold the tokenizer's codes to those of plain torch."""
     assert case.shape.tokenizer is not None
     tokenizer, few = frozen_tokenizer(case.shape.tokenizer), token_views(case.shape)[:PICTURES_AT_ONCE]
     exact = scores_of(copy.deepcopy(tokenizer).double(), few)
     with case.autocast():
         eager = scores_of(tokenizer, few)
-    check_ids("the tokenizer", make_token_ids(case.shape)[:PICTURES_AT_ONCE], eager, exact)
+    check_ids("the tokenizer", make_token_ids(case.shape, impl)[:PICTURES_AT_ONCE], eager, exact)
 
 
-def tokenizer_beside(case: Case) -> Step:
+def tokenizer_beside(case: Case, impl: str = "auto") -> Step:
     """The engine's step as it is with `train.prefetch` tokens: on a GPU the next tokens are made while it runs.
 
     The pictures are on the device already, so that only where the tokenizer runs differs from `tokenizer_in_the_loop`.
@@ -68,10 +71,10 @@ def tokenizer_beside(case: Case) -> Step:
     Raises:
         AssertionError: where the tokenizer chooses a worse code than plain torch would.
     """
-    check_tokens(case)
     assert case.shape.tokenizer is not None
-    model = our_model(case.shape, "auto")
-    engine = ZeroEngine(model, case.run_settings, runtime(), bf16=case.dtype == BF16)
+    model = ours(case, impl)
+    check_tokens(case, impl)
+    engine = ZeroEngine(model, case.run_settings(impl), runtime(), bf16=case.dtype == BF16)
     ahead = feed(same_batch(case), engine, frozen_tokenizer(case.shape.tokenizer), "tokens")
     enter = Timeline().enter
 
@@ -90,7 +93,7 @@ def tokenizer_beside(case: Case) -> Step:
         engine.step,
         engine.optimizer,
         watched(model),
-        "the engine's own step: DeepSpeed at ZeRO stage 0, GuardedAdamW; the next tokens made beside it",
+        f"the engine's own step: DeepSpeed at ZeRO stage 0, GuardedAdamW{how(impl)}; the next tokens made beside it",
     )
 
 
@@ -120,10 +123,10 @@ class ShardedStep(Step):
         return moments.narrow(0, part.hp_fragment_address.start, part.hp_fragment_address.numel).view_as(weight)
 
 
-def zero_1(case: Case) -> Step:
+def zero_1(case: Case, impl: str = "auto") -> Step:
     """The engine's step as on many ranks, where stage 1 is the default, on the one that there is."""
-    settings = case.run_settings.model_copy(update={"zero": ZeroSettings(stage=1)})
-    model = our_model(case.shape, "auto")
+    settings = case.run_settings(impl).model_copy(update={"zero": ZeroSettings(stage=1)})
+    model = ours(case, impl)
     engine = ZeroEngine(model, settings, runtime(), bf16=case.dtype == BF16)
     return ShardedStep(
         case,
@@ -134,15 +137,15 @@ def zero_1(case: Case) -> Step:
         engine.step,
         engine.optimizer,
         watched(model),
-        "the engine's step: DeepSpeed at ZeRO stage 1, torch.optim.AdamW(fused=True)",
+        f"the engine's step: DeepSpeed at ZeRO stage 1, torch.optim.AdamW(fused=True){how(impl)}",
     )
 
 
-def no_deepspeed(case: Case) -> Step:
+def no_deepspeed(case: Case, impl: str = "auto") -> Step:
     """The same model and optimizer as at stage 1, in plain torch."""
     return peer(
         case,
-        our_model(case.shape, "auto"),
+        ours(case, impl),
         lambda called: called(case.pixels, case.masked_positions, case.token_ids)[0],
         lambda model: model.logits(case.pixels, case.masked_positions).flatten(0, 1),
         str,
@@ -151,4 +154,10 @@ def no_deepspeed(case: Case) -> Step:
     )
 
 
-VARIED = {IN_THE_LOOP: tokenizer_in_the_loop, BESIDE: tokenizer_beside, ZERO_1: zero_1, NO_DEEPSPEED: no_deepspeed}
+BY_AUTO: dict[str, Callable[..., Step]] = {
+    IN_THE_LOOP: tokenizer_in_the_loop,
+    BESIDE: tokenizer_beside,
+    ZERO_1: zero_1,
+    NO_DEEPSPEED: no_deepspeed,
+}
+VARIED = BY_AUTO | {by_triton(name): partial(make, impl="triton") for name, make in BY_AUTO.items()}

@@ -51,20 +51,43 @@ def plain_step(case, change: Callable[[torch.optim.Optimizer], None] = lambda op
     return step
 
 
-def test_a_right_step_passes(case, references):
-    errors = references.check("plain", plain_step(case).outputs())
+HELD = pytest.mark.parametrize("peer", [False, True], ids=["ours", "a peer"])
+
+
+@HELD
+def test_a_right_step_passes(case, references, peer):
+    errors = references.check("plain", plain_step(case).outputs(), peer=peer)
     assert max(errors.values()) < 1e-3
     assert {"logits", "loss", "gradient of head", "change of head", "moment of final norm"} <= errors.keys()
 
 
+@HELD
 @pytest.mark.parametrize(
     "key", ["logits", "loss", "gradient of positions", "change of head", "moment of mask token", "change of final norm"]
 )
-def test_a_step_with_one_wrong_result_is_refused(case, references, key):
+def test_a_step_with_one_wrong_result_is_refused(case, references, key, peer):
     outputs = plain_step(case).outputs()
     outputs[key] = outputs[key] * 1.01
     with pytest.raises(AssertionError, match="plain: "):
+        references.check("plain", outputs, peer=peer)
+
+
+@pytest.mark.parametrize("key", ["logits", "gradient of positions", "gradient of head"])
+def test_a_peer_may_round_otherwise_than_eager_torch_and_ours_may_not(case, references, key):
+    exact, eager = references.exact[key], references.eager[key]
+    outputs = plain_step(case).outputs() | {key: (exact + 20 * (eager - exact)).float()}
+    errors = references.check("plain", outputs, peer=True)
+    assert errors[key] == pytest.approx(20 * rounds.relative_error(eager, exact), rel=0.1)
+    with pytest.raises(AssertionError, match=f"plain: {key}: error .* exceeds"):
         references.check("plain", outputs)
+
+
+@pytest.mark.parametrize("found", [float("nan"), 0.0, -1.0])
+def test_a_peer_that_did_other_work_is_told_by_how_much(case, references, found):
+    outputs = plain_step(case).outputs()
+    outputs["gradient of head"] = found * outputs["gradient of head"]
+    with pytest.raises(AssertionError, match=r"gradient of head: error .* exceeds 3.45e-04, half of the digits"):
+        references.check("plain", outputs, peer=True)
 
 
 def decay_all(optimizer: torch.optim.Optimizer) -> None:
@@ -82,16 +105,18 @@ def raise_lr(optimizer: torch.optim.Optimizer) -> None:
         group["lr"] *= 1.01
 
 
+@HELD
 @pytest.mark.parametrize("change", [decay_all, decay_none, raise_lr])
-def test_a_step_with_other_settings_of_its_optimizer_is_refused(case, references, change):
+def test_a_step_with_other_settings_of_its_optimizer_is_refused(case, references, change, peer):
     with pytest.raises(AssertionError, match="plain: change of "):
-        references.check("plain", plain_step(case, change).outputs())
+        references.check("plain", plain_step(case, change).outputs(), peer=peer)
 
 
-def test_a_step_that_does_not_clip_is_refused(case, references, monkeypatch):
+@HELD
+def test_a_step_that_does_not_clip_is_refused(case, references, monkeypatch, peer):
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, norm: None)
     with pytest.raises(AssertionError, match="is clipped to 1 of its gradient"):
-        references.check("plain", plain_step(case).outputs())
+        references.check("plain", plain_step(case).outputs(), peer=peer)
 
 
 def test_the_references_are_the_same_a_few_pictures_at_a_time(case, monkeypatch):
@@ -131,7 +156,7 @@ def test_our_compiled_step_computes_our_step(root):
 def test_timm_computes_our_step(case, references):
     pytest.importorskip("timm", reason="needs timm, of the environment that `make peers` makes")
     providers = benchmark("train_step_providers")
-    references.check("timm", providers.timm(case).outputs())
+    references.check("timm", providers.timm(case).outputs(), peer=True)
 
 
 def test_the_spread_of_ratios_is_that_within_the_rounds():

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 # Run at the start of every process: what a bare machine with a GPU lacks cannot be imported.
 BARE = """
 import sys
-for name in ("deepspeed", "pydantic", "xformers", "transformers", "pytest", "pytest_benchmark", "fused_beit.engine"):
+for name in ("deepspeed", "pydantic", "xformers", "transformers", "pytest", "pytest_benchmark"):
     sys.modules[name] = None
 """
 HANG = """
@@ -45,7 +45,7 @@ def run(root, tmp_path, at_start):
 
     def run(*arguments: str) -> subprocess.CompletedProcess:
         command = [sys.executable, *arguments]
-        return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+        return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=900)
 
     return run
 
@@ -115,7 +115,7 @@ def test_an_operator_is_rehearsed_beside_its_bound_and_without_the_engine_no_ste
     for row in steps.values():
         assert row["absent"].startswith("the engine cannot be imported: ")
     assert documents["train_step"]["failed"] == []
-    assert "without a time: fused_beit, transformers, sdpa: the engine cannot be imported: " in shown.stdout
+    assert "without a time: fused_beit; transformers, sdpa: the engine cannot be imported: " in shown.stdout
     assert shown.stdout.count("train_step base-bf16, as they are ...") == 1
     assert "train_step large-bf16, as they are ..." not in shown.stdout  # one process has found out
     rows = rows_of(documents["token_loss"])
@@ -181,8 +181,10 @@ def test_a_whole_rehearsal_of_the_step_goes_well(rehearse):
     timed = {provider for (_, provider), row in rows.items() if "median" in row}
     assert timed >= {"fused_beit", "fused_beit, compiled", "fused_beit, tokenizer in the loop", "fused_beit, ZeRO 1"}
     assert "fused_beit, tokenizer beside it" in timed
+    ours = ("tokenizer in the loop", "tokenizer beside it", "ZeRO 1", "no DeepSpeed", "compiled")
+    assert timed >= {"fused_beit, triton", *(f"fused_beit, triton, {name}" for name in ours)}
     assert timed >= {"transformers, sdpa", "transformers, eager", "transformers, compiled"}
-    assert re.search(r"train_step: share of the matrix rate, large +at least 65 % .* rehearsed", shown.stdout)
+    assert re.search(r"train_step: share of the matrix rate, large\* +at least 57 % .* rehearsed", shown.stdout)
 
 
 def test_what_is_not_begun_in_time_is_left_out(rehearse):

@@ -12,13 +12,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from benchmark_modules import benchmark
 
 # A root of its own with results of one machine, published; then what `code` does there.
 PUBLISH = """
 import json
 from pathlib import Path
-from benchmarks import results
+from benchmarks import machine, results
 from benchmarks.measuring import about
 from benchmarks.operators import OPERATORS
 from benchmarks.publish import BEGIN, END, main
@@ -90,11 +91,13 @@ def group(case, name, rows):
 def over(ratio, **more):
     return times | {"ratio": ratio, "over": names.OURS} | more
 
-ours = times | {"ratio": None, "over": "", "mfu": 0.612, "peak_bytes": 9e9, "state_bytes": 1e9}
+ours = times | {"ratio": None, "over": "", "mfu": 0.306, "peak_bytes": 9e9, "state_bytes": 1e9}
 timm = over(2.5, mfu=0.245, peak_bytes=25e9, state_bytes=1e9)
+rows = {names.OURS: ours, names.TRITON: over(0.5, mfu=0.612), names.TIMM: timm, "transformers, eager": absent}
+varied = {names.OURS: ours, names.TRITON: over(0.5), names.by_triton(names.IN_THE_LOOP): over(0.8)}
 step = [
-    group(names.BASE, names.AS_THEY_ARE, {names.OURS: ours, names.TIMM: timm, "transformers, eager": absent}),
-    group(names.BASE, names.VARIED, {names.OURS: ours, names.IN_THE_LOOP: over(1.6)}),
+    group(names.BASE, names.AS_THEY_ARE, rows),
+    group(names.BASE, names.VARIED, varied),
     group(names.LARGE, names.COMPILED, dict.fromkeys(names.GROUPS[names.COMPILED], absent)),
 ]
 whole = results.document(results.head(facts, limits, results.MEASURED), step) | {"finished": True}
@@ -111,14 +114,66 @@ def test_a_run_on_a_gpu_has_its_step_and_its_targets_on_the_pages(published, tmp
     assert head in readme
     assert "| base-bf16, as they are | timm | 1000 | 900 to 1100 | 2.50 | 4321 | 24.5% | 25000.0 | 1000.0 |" in readme
     assert "![train_step](benchmarks/results/graphics/train_step.svg)" in readme
-    assert "| train_step: share of the matrix rate, base | at least 60 % | 61.2 % | held |" in page
+    assert "| train_step: share of the matrix rate, base* | at least 48 % | 61.2 % | held |" in page
+    assert "\n\\* of the matrix rate that this machine reached" in page
     assert "| train_step: speed kept with the tokenizer in the loop | at least 70 % | 62.5 % | missed |" in page
-    assert "| train_step: share of the matrix rate, large | at least 65 % |  | not measured |" in page
+    assert "| train_step: share of the matrix rate, large* | at least 57 % |  | not measured |" in page
     assert "pictures 128, GFLOP 1.382e+04" in page
     assert "transformers, eager (base-bf16, as they are)" in page
     plot = (tmp_path / "benchmarks/results/graphics/train_step.svg").read_text()
     assert "base-bf16, ours varied" in plot
     assert "large-bf16" not in plot  # nothing of it has a time
+
+
+FAST = "AVX-512 with bf16 and AMX"
+MARK = f"imitated by ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 on a processor with {FAST}"
+
+
+@pytest.mark.parametrize(
+    ("facts", "named", "folder"),
+    [
+        ({}, "Abacus(R) CPU, instruction set not recorded", "abacus-cpu-instruction-set-not-recorded"),
+        ({"instruction_set": "AVX2", "imitated": ""}, "Abacus(R) CPU, AVX2", "abacus-cpu-avx2"),
+        ({"instruction_set": FAST, "imitated": ""}, f"Abacus(R) CPU, {FAST}", "abacus-cpu-avx-512-with-bf16-and-amx"),
+        ({"instruction_set": "AVX2", "imitated": MARK}, "Abacus(R) CPU, AVX2, imitated", "abacus-cpu-avx2-imitated"),
+        ({"gpu": "Abacus", "instruction_set": "AVX2"}, "Abacus(R) CPU", "abacus-cpu"),
+    ],
+)
+def test_results_of_a_processor_are_named_by_its_instruction_set_and_those_of_a_gpu_are_not(facts, named, folder):
+    facts = {"device": "Abacus(R) CPU", "gpu": None} | facts
+    assert benchmark("text").named(facts) == named
+    assert benchmark("machine").folder_name(facts) == folder
+
+
+def test_facts_and_limits_are_those_of_the_processor_as_it_is_used(monkeypatch):
+    machine, cpu = benchmark("machine"), torch.device("cpu")
+    facts = machine.facts(cpu)
+    assert (facts["instruction_set"], facts["imitated"]) == (machine.instruction_set(), machine.imitation())
+    for fast, measured in {True: ["float32", "bfloat16"], False: ["float32"]}.items():
+        monkeypatch.setattr(machine, "has_bf16", lambda fast=fast: fast)
+        limits = machine.limits(cpu, small=True)
+        assert list(limits["flops_per_s_in"]) == measured
+        assert limits["flops_per_s"] == limits["flops_per_s_in"]["float32"]
+
+
+def test_the_same_processor_imitating_a_lesser_one_has_tables_of_its_own_that_say_so(published, tmp_path):
+    published(
+        f"""
+for imitated in ("", {MARK!r}):
+    facts |= {{"instruction_set": "AVX2" if imitated else {FAST!r}, "imitated": imitated}}
+    whole = results.document(results.head(facts, limits, results.MEASURED), benchmarks)
+    results.write_subjects(whole, root / "benchmarks" / "results" / machine.folder_name(facts))
+assert main([], root) == 0
+"""
+    )
+    readme, page = ((tmp_path / name).read_text() for name in ("README.md", "benchmarks/RESULTS.md"))
+    names = ["Abacus, instruction set not recorded", f"Abacus, {FAST}", "Abacus, AVX2, imitated"]
+    for name in names:
+        assert readme.count(f"**{name}**, 2 threads, torch 2, commit 123456789abc; ") == 1
+        assert page.count(f"## {name}\n\n- {name}, 2 threads, ") == 1
+    assert f"commit 123456789abc; AVX2 {MARK}; load" in readme
+    assert page.count(f"- AVX2 {MARK}\n") == 1
+    assert "![train_step](benchmarks/results/abacus-avx2-imitated/train_step.svg)" in readme
 
 
 def test_a_stale_table_plot_or_page_is_named(published, tmp_path):
@@ -164,7 +219,7 @@ assert main([], root) == 0
 """
     )
     readme = (tmp_path / "README.md").read_text()
-    first, second = readme.split("Abacus, 2 threads, torch ")[1:]
+    first, second = readme.split("**Abacus, instruction set not recorded**, 2 threads, torch ")[1:]
     assert first.startswith("2, commit 123456789abc; load when it began: 0.5 on 2 cores:")
     assert second.startswith("3, commit 123456789abc; load when it began: 7.5 on 2 cores:")
     assert "rel_pos_attention" in first

@@ -1,6 +1,7 @@
 """The training step in the benchmarks: what is checked before it is timed, what is given up, and its targets."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ names, cases, timing, variations, train_step, providers, parts, targets = (
         "targets",
     )
 )
-LIMITS = {"flops_per_s": 1e12}
+LIMITS = {"flops_per_s_in": {"float32": 1e12}}
 Spoil = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
@@ -64,18 +65,60 @@ def raising(error: BaseException):
     return make
 
 
+@pytest.mark.parametrize("name", ["wrong", names.TIMM])
 @pytest.mark.parametrize(("key", "factor"), [("loss", 1.01), ("gradient of positions", 1.01), ("logits", float("nan"))])
-def test_a_step_with_a_wrong_result_has_no_time_and_the_others_have(case, key, factor):
+def test_a_step_with_a_wrong_result_has_no_time_and_the_others_have(case, key, factor, name):
     wrong = spoilt(lambda found: found | {key: found[key] * factor})
-    found = timing.check_steps(case, {"wrong": wrong, "right": variations.no_deepspeed})
+    found = timing.check_steps(case, {name: wrong, "right": variations.no_deepspeed})
     assert list(found.steps) == ["right"]
-    assert found.failed["wrong"].startswith("wrong result: wrong: ")
+    assert found.failed[name].startswith(f"wrong result: {name}: ")
     rows = {row.provider: row for row in timing.time_steps(found, label="tiny", rounds=2, limits=LIMITS)}
-    assert rows["wrong"].failed == found.failed["wrong"]
-    assert rows["wrong"].seconds == []
+    assert rows[name].failed == found.failed[name]
+    assert rows[name].seconds == []
     right = rows["right"]
     assert right.facts["pictures_per_s"] == pytest.approx(2 / (sum(right.seconds) / 2))
     assert right.facts["mfu"] == pytest.approx(right.facts["gflop_per_s"] / 1e3)
+
+
+@pytest.mark.parametrize(("name", "is_timed"), [(names.TIMM, True), (names.TRITON, False)])
+def test_a_peer_is_timed_however_it_rounds_and_ours_is_not(case, references, name, is_timed):
+    key = "gradient of positions"
+    off = references.exact[key] + 20 * (references.eager[key] - references.exact[key])
+    found = timing.check_steps(case, {name: spoilt(lambda found: found | {key: off.float()})})
+    assert (name in found.steps) == is_timed
+    assert (name in found.failed) != is_timed
+
+
+def test_mfu_is_of_the_matrix_rate_of_the_steps_own_precision():
+    limits = {"flops_per_s": 1e12, "flops_per_s_in": {"float32": 1e12, "bfloat16": 4e12}}
+    of = {name: timing.rates(cases.SMOKE[name], 1e-3, limits) for name in ("fp32", "bf16")}
+    assert of["fp32"]["mfu"] == pytest.approx(4 * of["bf16"]["mfu"])
+    del limits["flops_per_s_in"]["bfloat16"]
+    assert "mfu" not in timing.rates(cases.SMOKE["bf16"], 1e-3, limits)
+
+
+def test_without_a_gpu_a_step_by_triton_is_for_rehearsals_alone(case, references):
+    by_triton = {name: cases.PROVIDERS[name] for name in cases.PROVIDERS if "triton" in name}
+    assert len(by_triton) == 6
+    found = timing.check_steps(case, by_triton)
+    assert found.absent == dict.fromkeys(
+        by_triton, "on a CPU Triton runs only in its interpreter, whose times say nothing"
+    )
+    rehearsed = replace(case, rehearsal=True)
+    step = cases.PROVIDERS[names.TRITON](rehearsed)
+    of_modules = {module.impl for module in step.model.modules() if hasattr(module, "impl")}
+    assert of_modules == {"triton"}
+    references.check("by Triton", step.outputs())
+
+
+def test_where_ours_is_by_triton_so_is_the_choice_of_its_tokens(case, monkeypatch):
+    asked = []
+    tokenizer = train_step.frozen_tokenizer(case.shape.tokenizer)
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda views, impl: asked.append(impl) or encode(views))
+    step = cases.PROVIDERS[names.by_triton(names.IN_THE_LOOP)](replace(case, rehearsal=True))
+    assert step.case.token_ids.tolist() == case.token_ids.tolist()
+    assert asked == ["triton", "triton"]  # when its codes are checked, and in a step
 
 
 def test_whoever_is_not_there_is_named_with_the_reason(case):
@@ -122,7 +165,7 @@ def test_a_tokenizer_in_the_loop_or_beside_it_makes_tokens_in_every_step(case, r
     calls = []
     tokenizer = train_step.frozen_tokenizer(case.shape.tokenizer)
     encode = tokenizer.encode
-    monkeypatch.setattr(tokenizer, "encode", lambda views: calls.append(views.shape) or encode(views))
+    monkeypatch.setattr(tokenizer, "encode", lambda views, **impl: calls.append(views.shape) or encode(views))
     for _ in range(3):
         step()
     assert calls == [(2, 3, 16, 16)] * 3
@@ -149,7 +192,7 @@ def test_tokens_are_made_in_the_precision_of_the_run_and_are_the_same_for_its_fl
     tokenizer = train_step.frozen_tokenizer(shape.tokenizer)
     encode, in_bf16 = tokenizer.encode, []
     monkeypatch.setattr(
-        tokenizer, "encode", lambda views: in_bf16.append(torch.is_autocast_enabled("cpu")) or encode(views)
+        tokenizer, "encode", lambda views, impl: in_bf16.append(torch.is_autocast_enabled("cpu")) or encode(views)
     )
     kept = train_step.Case("float64", shape, torch.float64).token_ids
     made = variations.InTheLoop("bf16", shape, torch.bfloat16).token_ids
@@ -162,7 +205,7 @@ def test_tokens_are_made_in_the_precision_of_the_run_and_are_the_same_for_its_fl
 def test_a_tokenizer_with_worse_codes_is_refused(case, monkeypatch, varied):
     tokenizer = train_step.frozen_tokenizer(case.shape.tokenizer)
     right = tokenizer.encode
-    monkeypatch.setattr(tokenizer, "encode", lambda views: (right(views) + 1) % 64)
+    monkeypatch.setattr(tokenizer, "encode", lambda views, impl: (right(views) + 1) % 64)
     with pytest.raises(AssertionError, match="worse than the best"):
         varied(case)
 
@@ -211,12 +254,27 @@ def test_imitated_bf16_is_timed_on_base_only_where_asked_for(monkeypatch, fast, 
 def test_the_plan_has_every_part_and_ends_in_eight_minutes():
     gpu = benchmark("gpu")
     whole = parts.every_part(rehearse=False)
-    assert [part.key for part in whole if part.seconds] == list(parts.PLAN) == [part.key for part in whole][:15]
+    assert [part.key for part in whole if part.seconds] == list(parts.PLAN) == [part.key for part in whole][:13]
     assert whole[-1].key == (names.SUBJECT, "base-fp32", names.AS_THEY_ARE)
     assert [part.label for part in whole[:2]] == ["rel_pos_attention base", "train_step base-bf16, as they are"]
     assert 60 * parts.MINUTES + gpu.GRACE <= 480
     assert {(names.SUBJECT, *key) for key in names.REHEARSED} < parts.PLAN.keys()
     assert {part.key for part in parts.every_part(rehearse=True)} <= {part.key for part in whole}
+
+
+@pytest.mark.parametrize(("name", "status"), [(names.TIMM, 0), (names.TRITON, 1), ("planted-wrong", 1)])
+def test_a_peer_that_failed_on_a_gpu_is_named_and_only_ours_ends_the_command_with_1(tmp_path, name, status):
+    gpu = benchmark("gpu")
+    options = gpu.read_options(["--rehearse", "--output", str(tmp_path)])
+    part = parts.step_part(names.BASE, names.AS_THEY_ARE)
+    session = gpu.Session(options, [part], [names.OURS], 1)
+    session.scratch.cleanup()
+    rows = {names.OURS: {"median": 1.0}, name: {"failed": "wrong result: off"}}
+    session.add(part, [{"direction": names.AS_THEY_ARE, "rows": rows, "seconds": [1.0]}])
+    assert session.failed == {"train_step": [f"train_step base-bf16, as they are, {name}: wrong result: off"]}
+    assert session.status == status
+    session.add(part, [], "its process was ended by signal 9")
+    assert session.status == 1
 
 
 def test_a_part_that_ends_early_leaves_its_time_to_those_after_it():
@@ -237,43 +295,88 @@ def timed(case: str, group: str, provider: str, ratio: float | None = None, **fa
 
 
 MEASURED = [
-    timed(names.BASE, names.AS_THEY_ARE, names.OURS, mfu=0.55, peak_bytes=9e9, state_bytes=1e9),
-    timed(names.BASE, names.AS_THEY_ARE, names.TIMM, 2.5, mfu=0.2, peak_bytes=20e9, state_bytes=5e9),
-    timed(names.BASE, names.AS_THEY_ARE, "transformers, sdpa", 1.9, peak_bytes=15e9, state_bytes=1e9),
+    timed(names.BASE, names.AS_THEY_ARE, names.OURS, mfu=0.3, peak_bytes=90e9, state_bytes=1e9),
+    timed(names.BASE, names.AS_THEY_ARE, names.TRITON, 0.5, mfu=0.45, peak_bytes=9e9, state_bytes=1e9),
+    timed(names.BASE, names.AS_THEY_ARE, names.TIMM, 1.25, mfu=0.2, peak_bytes=20e9, state_bytes=5e9),
+    timed(names.BASE, names.AS_THEY_ARE, "transformers, sdpa", 0.8, peak_bytes=15e9, state_bytes=1e9),
     timed(names.BASE, names.AS_THEY_ARE, "transformers, eager", 3.0),
     timed(names.BASE, names.COMPILED, names.OURS, mfu=0.9),
-    timed(names.BASE, names.COMPILED, names.OURS_COMPILED, 0.8, mfu=0.62),
-    timed(names.BASE, names.COMPILED, names.TIMM_COMPILED, 1.12),
-    timed(names.BASE, names.COMPILED, names.TRANSFORMERS_COMPILED, 0.88),
+    timed(names.BASE, names.COMPILED, names.TRITON, 0.6, mfu=0.44),
+    timed(names.BASE, names.COMPILED, names.OURS_COMPILED, 0.3, mfu=0.7),
+    timed(names.BASE, names.COMPILED, names.TRITON_COMPILED, 0.4, mfu=0.49),
+    timed(names.BASE, names.COMPILED, names.TIMM_COMPILED, 0.56),
+    timed(names.BASE, names.COMPILED, names.TRANSFORMERS_COMPILED, 0.44),
+    timed(names.LARGE, names.AS_THEY_ARE, names.TRITON, 0.5, mfu=0.56),
     timed(names.BASE, names.VARIED, names.OURS),
-    timed(names.BASE, names.VARIED, names.IN_THE_LOOP, 1.25),
-    timed(names.BASE, names.VARIED, names.ZERO_1, 1.1),
-    timed(names.BASE, names.VARIED, names.NO_DEEPSPEED, 0.99),
+    timed(names.BASE, names.VARIED, names.TRITON, 0.5),
+    timed(names.BASE, names.VARIED, names.by_triton(names.IN_THE_LOOP), 0.625),
+    timed(names.BASE, names.VARIED, names.by_triton(names.ZERO_1), 0.55),
+    timed(names.BASE, names.VARIED, names.by_triton(names.NO_DEEPSPEED), 0.495),
+    # By auto all of them are held; the targets are of the step by Triton.
+    timed(names.BASE, names.VARIED, names.IN_THE_LOOP, 1.0),
+    timed(names.BASE, names.VARIED, names.ZERO_1, 1.0),
+    timed(names.BASE, names.VARIED, names.NO_DEEPSPEED, 1.0),
 ]
 HELD = {
-    "share of the matrix rate, base": (62.0, "held"),  # of the faster one: compiled
-    "share of the matrix rate, large": (None, "not measured"),
-    "timm over ours": (2.5, "held"),
-    "transformers over ours": (1.9, "missed"),  # of its two ways the faster one
-    "compiled timm over ours": (1.4, "held"),  # over the faster of ours
-    "compiled transformers over ours": (1.1, "missed"),
-    "speed kept with the tokenizer in the loop": (80.0, "held"),
-    "DeepSpeed's own share at ZeRO 1": (10.0, "missed"),
-    "peak memory over that of eager": (0.625, "missed"),  # all that ours holds, over the least that a peer holds
+    "share of the matrix rate, base": ("at least 48 %", 49.0, "held"),  # of the faster one: compiled
+    "share of the matrix rate, large": ("at least 57 %", 56.0, "missed"),
+    "timm over ours": ("at least 1.8 x", 2.5, "held"),
+    "transformers over ours": ("at least 1.8 x", 1.6, "missed"),  # of its two ways the faster one
+    "compiled timm over ours": ("at least 1.4 x", 1.4, "held"),  # over the faster of ours
+    "compiled transformers over ours": ("at least 1.4 x", 1.1, "missed"),
+    "speed kept with the tokenizer in the loop": ("at least 70 %", 80.0, "held"),
+    "DeepSpeed's own share at ZeRO 1": ("at most 5 %", 10.0, "missed"),
+    "peak memory over that of eager": ("at most 0.5 x", 0.625, "missed"),  # all that ours holds, over the least peer
 }
 
 
-def test_the_targets_of_the_step_are_what_the_rows_say():
+def test_the_targets_of_the_step_are_what_the_rows_by_triton_say():
     found = {one["target"]: one for one in targets.verdicts(MEASURED)}
-    for what, (value, verdict) in HELD.items():
+    for what, (wanted, value, verdict) in HELD.items():
         one = found[f"train_step: {what}"]
-        assert (one["value"], one["verdict"]) == (value if value is None else pytest.approx(value), verdict), what
+        assert (one["wanted"], one["value"], one["verdict"]) == (wanted, pytest.approx(value), verdict), what
     assert {name for name in found if name.startswith("train_step: ")} == {f"train_step: {what}" for what in HELD}
 
 
-def test_without_a_time_of_ours_nothing_is_over_it():
-    rows = [row for row in MEASURED if row["provider"] != names.OURS]
-    others = [row | {"over": "another"} for row in rows if row["over"]]
-    found = {one["target"]: one["verdict"] for one in targets.verdicts(others)}
-    shares = ("train_step: share of the matrix rate, base",)
-    assert {verdict for name, verdict in found.items() if name not in shares} == {"not measured"}
+def test_a_share_of_the_matrix_rate_says_that_the_log_has_another():
+    noted = [one["target"] for one in targets.verdicts([]) if "48 % here are 39 % there" in one.get("note", "")]
+    assert noted == [f"train_step: share of the matrix rate, {size}" for size in ("base", "large")]
+    assert round(48 * 798 / 989) == 39
+
+
+def test_without_a_time_of_ours_by_triton_no_target_of_the_step_is_measured():
+    rows = [row for row in MEASURED if "triton" not in row["provider"]]
+    assert {one["verdict"] for one in targets.verdicts(rows)} == {"not measured"}
+
+
+def test_a_step_by_triton_is_compared_also_where_it_is_the_first_that_has_a_time():
+    rows = [row for row in MEASURED if row["direction"] == names.AS_THEY_ARE and row["provider"] != names.OURS]
+    rows = [
+        row | ({"over": names.TRITON} if row["provider"] != names.TRITON else {"ratio": None, "over": ""})
+        for row in rows
+    ]
+    found = {one["target"]: one["value"] for one in targets.verdicts(rows)}
+    assert found["train_step: timm over ours"] == pytest.approx(1.25)
+
+
+def attention(direction: str, provider: str, kind: str, **facts: Any) -> dict[str, Any]:
+    key = {"operator": "rel_pos_attention", "name": "base", "direction": direction, "provider": provider}
+    return key | {"kind": kind, "median": 1.0, "ratio": None, "over": "", "copy_gb_per_s": 3000.0} | facts
+
+
+@pytest.mark.parametrize(("direction", "rate", "floor"), [("forward", 1500.0, "held"), ("backward", 1400.0, "missed")])
+def test_a_direction_of_attention_is_held_to_the_measured_memory_and_to_the_best_exact_alternative(
+    direction, rate, floor
+):
+    rows = [
+        attention(direction, "triton", "ours", gb_per_s=rate),
+        attention(direction, "sdpa", "peer", ratio=2.1, over="triton"),
+        attention(direction, "reference", "peer", ratio=9.0, over="triton"),
+        attention(direction, "flash-no-bias", "bound", ratio=0.5, over="triton"),
+    ]
+    found = {one["target"]: one for one in targets.verdicts(rows)}
+    over_floor = found[f"rel_pos_attention: {direction} over its memory floor"]
+    assert (over_floor["wanted"], over_floor["verdict"]) == ("at most 2 x", floor)
+    assert over_floor["value"] == pytest.approx(3000 / rate)
+    best = found[f"rel_pos_attention: {direction}, the fastest exact alternative over ours"]
+    assert (best["wanted"], best["value"], best["verdict"]) == ("at least 2 x", 2.1, "held")
