@@ -75,6 +75,6 @@ def gather_masked_reference(
     first_row_B1 = torch.arange(num_pictures, device=x_BND.device)[:, None] * num_tokens + num_prefix_tokens
     rows = (first_row_B1 + masked_positions_BM.clamp_min(0)).flatten()
     x_RD = x_BND.reshape(-1, width).index_select(0, rows)
-    if weight_D is not None and bias_D is not None:
+    if weight_D is not None:
         x_RD = layer_norm(x_RD, weight_D, bias_D, eps)
     return torch.where(masked_positions_BM.reshape(-1, 1) < 0, 0, x_RD)
