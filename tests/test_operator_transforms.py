@@ -14,6 +14,7 @@ from fused_beit.kernels import (
     SharedBias,
     interpolate_table,
     masked_positions_from_bool,
+    operators,
     rel_pos_attention,
     residual_norm,
     token_loss,
@@ -22,6 +23,10 @@ from fused_beit.kernels import (
 TRITON = pytest.param("triton", marks=NEEDS_INTERPRETER)
 ATTENTION = ("attention", "rel_pos_attention")
 every_operator = pytest.mark.parametrize("name", CALLS)
+
+
+def test_there_is_a_call_of_every_operator():
+    assert tuple(sorted(CALLS)) == operators()
 
 
 class Calling(nn.Module):

@@ -229,7 +229,10 @@ def gather_masked(
     check_float(name, x=x, weight=weight, bias=bias)
     check_same_device(name, "x", x, masked_positions=masked_positions, weight=weight, bias=bias)
     if not 0 <= num_prefix_tokens < num_tokens:
-        raise ValueError(f"{name}: num_prefix_tokens must be in 0..{num_tokens - 1}, but is {num_prefix_tokens}")
+        raise ValueError(
+            f"{name}: num_prefix_tokens must be at least 0 and less than the {num_tokens} tokens of x, but is "
+            f"{num_prefix_tokens}"
+        )
     check_positions(name, "masked_positions", masked_positions, num_tokens - num_prefix_tokens)
     resolved = GATHER.resolve(impl, x.device.type)
     return torch.ops.fused_beit.gather_masked(
