@@ -37,5 +37,4 @@ def attention_reference(
         scores_BHNN = (scores_BHNN.unflatten(0, (-1, num_masks)) + mask_WNN[:, None]).flatten(0, 1)
         no_key = scores_BHNN.isneginf().all(-1, keepdim=True)  # [B,H,N,1]
         scores_BHNN = scores_BHNN.masked_fill(no_key, 0)
-    # A product with 0 or 1, which is several times faster than masked_fill on a CPU.
-    return (scores_BHNN.softmax(-1) @ v_BHND).mul_((~no_key).to(v_BHND.dtype))
+    return (scores_BHNN.softmax(-1) @ v_BHND).masked_fill_(no_key, 0)
