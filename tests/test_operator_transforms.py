@@ -81,7 +81,7 @@ class Model(nn.Module):
         self.qkv, self.norm, self.head = nn.Linear(16, 48), nn.LayerNorm(16), nn.Linear(16, 5)
 
     def forward(self, x, targets):
-        bias = self.position_bias.shared() if self.shared else self.position_bias()
+        bias = self.position_bias.shared(x.dtype) if self.shared else self.position_bias()
         qkv = self.qkv(x).unflatten(-1, (3, 2, 8))
         y = rel_pos_attention(qkv, bias, scale=0.5, impl="reference")
         x, normed = residual_norm(x, y, None, None, self.norm.weight, self.norm.bias)[:2]

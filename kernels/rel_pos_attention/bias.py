@@ -3,10 +3,11 @@
 H heads, N tokens, P patches, R rows of the table; (Wh, Ww) the window, in patches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -251,16 +252,20 @@ class SharedBias(NamedTuple):
     rounded: Tensor | None
 
 
-@fx_leaf
-def _shared_bias(
-    table: Tensor, window: tuple[int, int], cls_token: bool, dtype: torch.dtype | None, impl: str | Impl
-) -> SharedBias:
-    """What RelativePositionBias.shared gives: a function of its own, which torch.fx can record."""
+def _share(table: Tensor, dtype: torch.dtype | None, expand: Callable[[torch.dtype], Tensor]) -> SharedBias:
     dtype = table.dtype if dtype is None else dtype
     check_float_dtype("RelativePositionBias", dtype)
     wide = accumulate_dtype(torch.promote_types(table.dtype, dtype))
-    bias = expand_table(table, window, cls_token, wide, impl)
+    bias = expand(wide)
     return SharedBias(bias, None if dtype == wide else align_rows(bias.detach(), dtype))
+
+
+@fx_leaf
+def _share_table(
+    table: Tensor, dtype: torch.dtype | None, window: tuple[int, int], cls_token: bool, impl: str | Impl
+) -> SharedBias:
+    """RelativePositionBias.shared as one function of a table: what torch.fx records of it."""
+    return _share(table, dtype, lambda wide: expand_table(table, window, cls_token, wide, impl))
 
 
 class RelativePositionBias(nn.Module):
@@ -303,7 +308,10 @@ class RelativePositionBias(nn.Module):
         Each layer's gradient is that of the fp32 bias, so that the sum over the layers is made in fp32 and reduced to
         the table once.
         """
-        return _shared_bias(self.relative_position_bias_table, self.window, self.cls_token, dtype, self.impl)
+        table: Any = self.relative_position_bias_table
+        if isinstance(table, torch.fx.Proxy):
+            return _share_table(table, dtype, self.window, self.cls_token, self.impl)
+        return _share(table, dtype, self)  # called as a module, so that hooks on it, as of ZeRO-3, bring the table
 
     def extra_repr(self) -> str:
         return f"window={self.window}, num_heads={self.num_heads}, cls_token={self.cls_token}"
