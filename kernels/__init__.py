@@ -2,7 +2,13 @@
 
 from .adapters import FuseReport, fuse, unfuse
 from .impl import Impl, ImplUnavailable, Resolved, operators, resolve
-from .masked_tokens import embed_tokens, gather_masked, keep_visible, restore_tokens
+from .masked_tokens import (
+    embed_tokens,
+    gather_masked,
+    keep_visible,
+    masked_positions_from_bool,
+    restore_tokens,
+)
 from .nearest_code import NearestCode, nearest_code
 from .rel_pos_attention import (
     Plan,
@@ -38,6 +44,7 @@ __all__ = [
     "gather_masked",
     "interpolate_table",
     "keep_visible",
+    "masked_positions_from_bool",
     "nearest_code",
     "operators",
     "rel_pos_attention",

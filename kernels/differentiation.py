@@ -37,8 +37,17 @@ def differentiable_once(operator: str, grads: Sequence[Tensor | None], *sources:
     return [None if grad is None else _NoSecondDerivative.apply(operator, grad, *sources) for grad in grads]
 
 
-def refuse_tangents(operator: str, *inputs: Tensor | None) -> None:
-    """Raise RuntimeError where an input carries a tangent of forward-mode differentiation, which would be lost."""
-    for tensor in inputs:
-        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
-            raise RuntimeError(f"{operator}: impl='triton' has no forward-mode derivative; use impl='reference'")
+def refuse_other_derivatives(operator: str, *inputs: Tensor | None) -> None:
+    """Raise RuntimeError for a derivative that no kernel gives: of forward mode, or of a torch.func transform.
+
+    A tangent would be lost without a word; torch.func would stop with a sentence about autograd.Function.
+    """
+    given = [tensor for tensor in inputs if tensor is not None]
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given):
+        raise RuntimeError(f"{operator}: impl='triton' has no forward-mode derivative; use impl='reference'")
+    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+    if differentiated and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{operator}: impl='triton' has no gradient in torch.func transforms; use impl='reference', or "
+            f"torch.autograd.grad"
+        )

@@ -4,6 +4,8 @@ Outside autocast it is the dtype of the tensors. Under autocast it is autocast's
 or makes; a residual stream keeps its own dtype. Softmax, LayerNorm and the loss sum in fp32 (float64 for float64).
 """
 
+import contextlib
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,12 +24,23 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm over the last dimension with fp32 statistics; the result has the dtype of a product with `x`."""
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Autocast off on this device; nothing where its type has no autocast, as the meta device."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm over the last dimension with fp32 statistics; the result has the dtype of a product with `x`.
+
+    Without a weight nothing is multiplied, without a bias nothing is added.
+    """
     out_dtype = compute_dtype(x)
-    if x.dtype != weight.dtype or x.dtype != bias.dtype:
+    if any(parameter is not None and parameter.dtype != x.dtype for parameter in (weight, bias)):
         # Mixed dtypes are not accepted on every device, and rounding the fp32 parameters would lose digits.
         wide = accumulate_dtype(x.dtype)
-        x, weight, bias = x.to(wide), weight.to(wide), bias.to(wide)
-    with torch.autocast(x.device.type, enabled=False):
+        x = x.to(wide)
+        weight, bias = (None if parameter is None else parameter.to(wide) for parameter in (weight, bias))
+    with without_autocast(x.device):
         return F.layer_norm(x, (x.shape[-1],), weight, bias, eps).to(out_dtype)

@@ -11,6 +11,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # torch.compile would start a pool of processes, each of which loads torch, in every worker.
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# It knows a graph by its operators' names, and would take one that another checkout compiled with other arguments.
+os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
 
 import pytest
 import torch

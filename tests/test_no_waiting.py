@@ -43,6 +43,7 @@ ALLOWED = {
     ("engine/tokenizer/training.py", "fit"): "the log line of a tokenizer's training",
     ("kernels/adapters/fused.py", "known_window"): "when fuse() looks at a model",
     ("kernels/adapters/transformers.py", "BeitBias.why_not"): "when fuse() looks at a model",
+    ("kernels/masked_tokens/positions.py", "masked_positions_from_bool"): "where it is given no num_slots",
     ("kernels/rel_pos_attention/interpolation.py", "_spline_matrix"): "when a table is brought to another size",
     ("kernels/testing.py", "assert_no_worse_than_eager"): "tests and benchmarks",
     **MAY_WAIT,

@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from triton_families import NEEDS_INTERPRETER
 
 from fused_beit.kernels import residual_add, residual_norm
-from fused_beit.kernels.testing import assert_parity, residual_norm_inputs
+from fused_beit.kernels.testing import assert_parity, outputs_and_grads, residual_norm_inputs
 
+TRITON = pytest.param("triton", marks=NEEDS_INTERPRETER)
 ADD_ARGUMENTS = ("x", "y", "gamma", "keep")
 
 
@@ -125,3 +127,23 @@ def test_both_compile_without_a_graph_break(function, inputs):
 def test_wrong_arguments_are_refused_with_what_was_expected(change, error, message):
     with pytest.raises(error, match=message):
         residual_norm(**residual_norm_inputs(2, 3, 8) | change)
+
+
+@pytest.mark.parametrize("impl", ["reference", TRITON])
+@pytest.mark.parametrize("without", [("bias",), ("weight", "bias"), ("weight",)], ids=str)
+def test_a_layer_norm_without_weight_or_bias_is_served(without, impl):
+    inputs = residual_norm_inputs(2, 3, 12, dtype=torch.float64) | dict.fromkeys(without)
+    keep = inputs.pop("keep")
+    found = outputs_and_grads(lambda **given: residual_norm(**given, keep=keep, impl=impl), inputs)
+    expected = outputs_and_grads(lambda **given: eager_norm(**given, keep=keep), inputs)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["reference", TRITON])
+def test_a_bias_that_is_left_out_is_a_bias_of_zeros(impl):
+    inputs = residual_norm_inputs(2, 3, 12, dtype=torch.float16)
+    zeros = inputs | {"bias": torch.zeros(12, dtype=torch.float16)}
+    without = residual_norm(**inputs | {"bias": None}, impl=impl)
+    assert torch.equal(without[1], residual_norm(**zeros, impl=impl)[1])

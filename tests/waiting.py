@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 # Where the host may wait in a step all the same: the end of a file's path and a function's name -> why.
 MAY_WAIT = {
-    ("kernels/validation.py", "_check_positions"): "looks at values on a CPU alone, where there is nothing to wait for"
+    ("kernels/validation.py", "_check_positions"): "looks at values on a CPU alone, where there is nothing to wait for",
+    ("kernels/validation.py", "_check_num_masked"): "the same",
 }
 LIBRARIES = {
     ("torch/utils/data/dataloader.py", "__init__"): "the seed of the workers, once a run, which is on the host anyway",

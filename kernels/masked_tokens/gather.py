@@ -10,7 +10,7 @@ and with xhat = (x - mean) * rstd and h = weight * grad, over the channels of a 
     grad_x = rstd * (h - h.mean() - xhat * (h * xhat).mean())                       zeros for rows that no slot has
     grad_weight, grad_bias = (grad * xhat), grad                                    summed over the slots
 
-Without a weight there is no LayerNorm: out = x, grad_x = grad, and neither mean nor rstd.
+Without a weight there is no LayerNorm: out = x, grad_x = grad, and neither mean nor rstd. Without a bias none is added.
 
 The backward goes over the rows of x, finds the slot of each and writes it once: no atomics, no zeros written first.
 
@@ -41,10 +41,10 @@ def store_normed(
     D: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    weight = load_channels(weight_ptr, FIRST, SIZE, D, ACC)
-    bias = load_channels(bias_ptr, FIRST, SIZE, D, ACC)
-    normed = tl.where(is_slot[:, None], xhat * weight[None, :] + bias[None, :], 0.0)
-    store_rows(out_ptr, rows, inside, normed, FIRST, SIZE, D)
+    normed = xhat * load_channels(weight_ptr, FIRST, SIZE, D, ACC)[None, :]
+    if bias_ptr is not None:
+        normed += load_channels(bias_ptr, FIRST, SIZE, D, ACC)[None, :]
+    store_rows(out_ptr, rows, inside, tl.where(is_slot[:, None], normed, 0.0), FIRST, SIZE, D)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_tokens", "num_slots", "num_prefix_tokens"])

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .._triton.target import why_unavailable
 from ..impl import AUTO, REFERENCE_FIRST, Impl, Operator
-from ..validation import check_float, check_int64, check_positions, check_same_device, check_shape
+from ..tracing import fx_leaf
+from ..validation import check_float, check_number, check_positions, check_same_device, check_shape
 from .reference import (
     embed_tokens_reference,
     gather_masked_reference,
@@ -50,6 +51,7 @@ GATHER = Operator(
 )
 
 
+@fx_leaf
 def embed_tokens(
     patches: Tensor,
     mask_token: Tensor,
@@ -65,10 +67,12 @@ def embed_tokens(
     mask_token:       [D]          replaces the embedding of a masked patch; the position is added to it as to any other
     cls_token:        [D]
     pos_embed:        [P+1, D]     CLS first; or None
-    masked_positions: int64 [B, M] masked patches, 0..P-1, each once; -1 is an empty slot; or None: nothing is masked
+    masked_positions: int64 [B, M] masked patches, 0..P-1, each once; -1 is an empty slot; or None: nothing is masked.
+                                   `masked_positions_from_bool` makes it of a bool mask.
     ->                [B, P+1, D]  in the widest dtype of patches, tokens and positions, so that fp32 parameters keep
                                    the residual stream in fp32 when autocast made the patches bf16
 
+    One CLS token it is: of registers or a distillation token this knows nothing, and neither of no CLS token.
     Positions outside -1..P-1 or listed twice are refused on a CPU outside of torch.compile; elsewhere nobody looks,
     since that would wait for the device, and the result is undefined.
     Raises ValueError or TypeError for wrong shapes, devices, dtypes or positions, ImplUnavailable for an `impl` it does
@@ -85,7 +89,6 @@ def embed_tokens(
     if masked_positions is not None:
         check_shape(name, "masked_positions", masked_positions, num_pictures, "M")
     check_float(name, patches=patches, mask_token=mask_token, cls_token=cls_token, pos_embed=pos_embed)
-    check_int64(name, masked_positions=masked_positions)
     check_same_device(
         name,
         "patches",
@@ -103,6 +106,7 @@ def embed_tokens(
     )
 
 
+@fx_leaf
 def keep_visible(
     patches: Tensor,
     cls_token: Tensor,
@@ -133,7 +137,6 @@ def keep_visible(
         check_shape(name, "pos_embed", pos_embed, num_patches + 1, width)
     check_shape(name, "visible_positions", visible_positions, num_pictures, "V")
     check_float(name, patches=patches, cls_token=cls_token, pos_embed=pos_embed)
-    check_int64(name, visible_positions=visible_positions)
     check_same_device(
         name, "patches", patches, cls_token=cls_token, pos_embed=pos_embed, visible_positions=visible_positions
     )
@@ -142,6 +145,7 @@ def keep_visible(
     return torch.ops.fused_beit.keep_visible(patches, cls_token, pos_embed, visible_positions, resolved.impl.value)
 
 
+@fx_leaf
 def restore_tokens(
     x: Tensor,
     mask_token: Tensor,
@@ -167,6 +171,7 @@ def restore_tokens(
     Source: MAE (arXiv:2111.06377) section 3.
     """
     name = "restore_tokens"
+    check_number(name, num_patches=num_patches)
     if num_patches < 0:
         raise ValueError(f"{name}: num_patches must be at least 0, but is {num_patches}")
     check_shape(name, "visible_positions", visible_positions, "B", "V")
@@ -177,7 +182,6 @@ def restore_tokens(
     if pos_embed is not None:
         check_shape(name, "pos_embed", pos_embed, num_patches + 1, width)
     check_float(name, x=x, mask_token=mask_token, pos_embed=pos_embed)
-    check_int64(name, visible_positions=visible_positions)
     check_same_device(name, "x", x, mask_token=mask_token, pos_embed=pos_embed, visible_positions=visible_positions)
     check_positions(name, "visible_positions", visible_positions, num_patches)
     resolved = RESTORE.resolve(impl, x.device.type)
@@ -186,6 +190,7 @@ def restore_tokens(
     )
 
 
+@fx_leaf
 def gather_masked(
     x: Tensor,
     masked_positions: Tensor,
@@ -200,7 +205,7 @@ def gather_masked(
 
     x:                 [B, N, D]    floating point
     masked_positions:  int64 [B, M] masked patches, 0..N-num_prefix_tokens-1, each once; -1 is an empty slot
-    weight, bias:      [D]          of the LayerNorm, with `eps`; or both None: no LayerNorm
+    weight, bias:      [D]          of the LayerNorm, with `eps`; bias None: one without bias; both None: no LayerNorm
     num_prefix_tokens: tokens before the first patch: 1 with a CLS token
     ->                 [B*M, D]     row b*M+m is LayerNorm(x[b, num_prefix_tokens + masked_positions[b, m]]), for an
                                     empty slot zeros without gradient; in the dtype of x, under autocast in autocast's;
@@ -215,17 +220,19 @@ def gather_masked(
     check_shape(name, "x", x, "B", "N", "D")
     num_pictures, num_tokens, width = x.shape
     check_shape(name, "masked_positions", masked_positions, num_pictures, "M")
-    if (weight is None) != (bias is None):
-        missing = "weight" if weight is None else "bias"
-        raise ValueError(f"{name}: weight and bias must both be given or both be None, but {missing} alone is None")
-    if weight is not None and bias is not None:
-        check_shape(name, "weight", weight, width)
-        check_shape(name, "bias", bias, width)
+    if weight is None and bias is not None:
+        raise ValueError(f"{name}: bias is added by the LayerNorm, and without weight there is none; give a weight too")
+    for parameter, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            check_shape(name, parameter, tensor, width)
+    check_number(name, eps=eps, num_prefix_tokens=num_prefix_tokens)
     check_float(name, x=x, weight=weight, bias=bias)
-    check_int64(name, masked_positions=masked_positions)
     check_same_device(name, "x", x, masked_positions=masked_positions, weight=weight, bias=bias)
     if not 0 <= num_prefix_tokens < num_tokens:
-        raise ValueError(f"{name}: num_prefix_tokens must be in 0..{num_tokens - 1}, but is {num_prefix_tokens}")
+        raise ValueError(
+            f"{name}: num_prefix_tokens must be at least 0 and less than the {num_tokens} tokens of x, but is "
+            f"{num_prefix_tokens}"
+        )
     check_positions(name, "masked_positions", masked_positions, num_tokens - num_prefix_tokens)
     resolved = GATHER.resolve(impl, x.device.type)
     return torch.ops.fused_beit.gather_masked(

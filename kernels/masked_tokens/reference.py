@@ -71,10 +71,10 @@ def gather_masked_reference(
     num_prefix_tokens: int,
 ) -> Tensor:
     """The rows num_prefix_tokens + position, normed where weights are given; zeros for padding: [B,N,D] -> [B*M,D]."""
-    num_pictures, num_tokens, width = x_BND.shape
+    num_pictures, num_tokens, _ = x_BND.shape
     first_row_B1 = torch.arange(num_pictures, device=x_BND.device)[:, None] * num_tokens + num_prefix_tokens
     rows = (first_row_B1 + masked_positions_BM.clamp_min(0)).flatten()
-    x_RD = x_BND.reshape(-1, width).index_select(0, rows)
-    if weight_D is not None and bias_D is not None:
+    x_RD = x_BND.flatten(0, 1).index_select(0, rows)
+    if weight_D is not None:
         x_RD = layer_norm(x_RD, weight_D, bias_D, eps)
     return torch.where(masked_positions_BM.reshape(-1, 1) < 0, 0, x_RD)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._triton.target import why_unavailable
-from ..differentiation import differentiable_once, refuse_tangents
+from ..differentiation import differentiable_once, refuse_other_derivatives
 from ..impl import Impl, ImplUnavailable, refusal
 from ..precision import accumulate_dtype, compute_dtype
 
@@ -90,7 +90,7 @@ def _check(operator: str, dtypes: list[torch.dtype], *inputs: Tensor | None) -> 
         why = why_unavailable(given[0].device, dtype)
         if why is not None:
             raise ImplUnavailable(refusal(operator, Impl.TRITON, why))
-    refuse_tangents(operator, *given)
+    refuse_other_derivatives(operator, *given)
 
 
 def _empty_place(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .._triton.target import why_unavailable
 from ..impl import AUTO, REFERENCE_FIRST, Impl, Operator
+from ..tracing import fx_leaf
 from ..validation import check_float, check_same_device, check_shape
 from .reference import nearest_code_reference
 from .triton_ops import nearest_code_triton
@@ -26,6 +27,7 @@ class NearestCode(NamedTuple):
     score: Tensor
 
 
+@fx_leaf
 def nearest_code(x: Tensor, codes: Tensor, bias: Tensor | None = None, *, impl: str | Impl = AUTO) -> NearestCode:
     """argmax_k x . codes_k + bias_k for each row; the lowest index among equals.
 

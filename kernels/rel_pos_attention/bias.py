@@ -3,19 +3,21 @@
 H heads, N tokens, P patches, R rows of the table; (Wh, Ww) the window, in patches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._triton.descriptors import align_rows, padded_length
 from .._triton.target import why_unavailable
-from ..differentiation import refuse_tangents
+from ..differentiation import refuse_other_derivatives
 from ..impl import AUTO, Impl, ImplUnavailable, Operator, refusal
 from ..precision import accumulate_dtype
-from ..validation import check_float, check_shape
+from ..tracing import fx_leaf
+from ..validation import check_float, check_float_dtype, check_number, check_shape
 
 
 def num_relative_positions(window: tuple[int, int], cls_token: bool = True) -> int:
@@ -47,8 +49,10 @@ def relative_position_index(window: tuple[int, int], cls_token: bool = True) -> 
     return index_NN
 
 
-def check_window(name: str, window: Sequence[int]) -> tuple[int, int]:
-    """The window as two ints. Raises ValueError unless it has two sides of at least 1."""
+def check_window(name: str, window: Any) -> tuple[int, int]:
+    """The window as two ints. Raises ValueError unless it has two sides of at least 1, TypeError for tensors."""
+    if isinstance(window, Tensor) or any(isinstance(side, Tensor) for side in window):
+        raise TypeError(f"{name}: window must be two Python numbers, but holds a tensor; .tolist() gives numbers")
     if len(window) != 2 or min(window) < 1:
         raise ValueError(f"{name}: expected a window of two sides, both at least 1, but got {tuple(window)}")
     return int(window[0]), int(window[1])
@@ -104,7 +108,7 @@ def _refuse_where_unavailable(name: str, tensor: Tensor, dtype: torch.dtype) -> 
     why = why_unavailable(tensor.device, tensor.dtype) or why_unavailable(tensor.device, dtype)
     if why is not None:
         raise ImplUnavailable(refusal(name, Impl.TRITON, why))
-    refuse_tangents(name, tensor)
+    refuse_other_derivatives(name, tensor)
 
 
 def _expand_triton(table_RH: Tensor, window: Sequence[int], cls_token: bool, dtype: torch.dtype) -> Tensor:
@@ -179,6 +183,7 @@ if not hasattr(torch.ops.fused_beit, "expand_table_triton"):  # once only, as in
         torch.library.register_autograd(f"fused_beit::{_name}", _gradient, setup_context=_save_arguments)
 
 
+@fx_leaf
 def expand_table(
     table: Tensor,
     window: tuple[int, int],
@@ -199,15 +204,16 @@ def expand_table(
     """
     name = "expand_table"
     window = check_window(name, window)
+    check_number(name, cls_token=cls_token)
     check_shape(name, "table", table, num_relative_positions(window, cls_token), "H")
     check_float(name, table=table)
     dtype = table.dtype if dtype is None else dtype
-    if not dtype.is_floating_point:
-        raise TypeError(f"{name}: dtype must be a floating-point one, but is {dtype}")
+    check_float_dtype(name, dtype)
     resolved = EXPAND.resolve(impl, table.device.type)
     return torch.ops.fused_beit.expand_table(table, window, cls_token, dtype, resolved.impl.value)
 
 
+@fx_leaf
 def scatter_table(
     grad: Tensor,
     window: tuple[int, int],
@@ -225,12 +231,12 @@ def scatter_table(
     """
     name = "scatter_table"
     window = check_window(name, window)
+    check_number(name, cls_token=cls_token)
     num_tokens = _num_tokens(window, cls_token)
     check_shape(name, "grad", grad, "H", num_tokens, num_tokens)
     check_float(name, grad=grad)
     dtype = grad.dtype if dtype is None else dtype
-    if not dtype.is_floating_point:
-        raise TypeError(f"{name}: dtype must be a floating-point one, but is {dtype}")
+    check_float_dtype(name, dtype)
     resolved = SCATTER.resolve(impl, grad.device.type)
     return torch.ops.fused_beit.scatter_table(grad, window, cls_token, dtype, resolved.impl.value)
 
@@ -244,6 +250,22 @@ class SharedBias(NamedTuple):
 
     bias: Tensor
     rounded: Tensor | None
+
+
+def _share(table: Tensor, dtype: torch.dtype | None, expand: Callable[[torch.dtype], Tensor]) -> SharedBias:
+    dtype = table.dtype if dtype is None else dtype
+    check_float_dtype("RelativePositionBias", dtype)
+    wide = accumulate_dtype(torch.promote_types(table.dtype, dtype))
+    bias = expand(wide)
+    return SharedBias(bias, None if dtype == wide else align_rows(bias.detach(), dtype))
+
+
+@fx_leaf
+def _share_table(
+    table: Tensor, dtype: torch.dtype | None, window: tuple[int, int], cls_token: bool, impl: str | Impl
+) -> SharedBias:
+    """RelativePositionBias.shared as one function of a table: what torch.fx records of it."""
+    return _share(table, dtype, lambda wide: expand_table(table, window, cls_token, wide, impl))
 
 
 class RelativePositionBias(nn.Module):
@@ -286,12 +308,10 @@ class RelativePositionBias(nn.Module):
         Each layer's gradient is that of the fp32 bias, so that the sum over the layers is made in fp32 and reduced to
         the table once.
         """
-        dtype = self.relative_position_bias_table.dtype if dtype is None else dtype
-        if not dtype.is_floating_point:
-            raise TypeError(f"RelativePositionBias: dtype must be a floating-point one, but is {dtype}")
-        wide = accumulate_dtype(torch.promote_types(self.relative_position_bias_table.dtype, dtype))
-        bias = self(wide)
-        return SharedBias(bias, None if dtype == wide else align_rows(bias.detach(), dtype))
+        table: Any = self.relative_position_bias_table
+        if isinstance(table, torch.fx.Proxy):
+            return _share_table(table, dtype, self.window, self.cls_token, self.impl)
+        return _share(table, dtype, self)  # called as a module, so that hooks on it, as of ZeRO-3, bring the table
 
     def extra_repr(self) -> str:
         return f"window={self.window}, num_heads={self.num_heads}, cls_token={self.cls_token}"

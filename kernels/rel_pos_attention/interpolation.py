@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
-from ..validation import check_float, check_shape
+from ..tracing import fx_leaf
+from ..validation import check_float, check_number, check_shape
 from .bias import check_window, num_relative_positions
 
 METHODS = ("geometric", "uniform")
 
 
+@fx_leaf
 def interpolate_table(
     table: Tensor,
     window: tuple[int, int],
@@ -41,6 +43,7 @@ def interpolate_table(
     """
     name = "interpolate_table"
     window, new_window = check_window(name, window), check_window(name, new_window)
+    check_number(name, cls_token=cls_token)
     if method not in METHODS:
         raise ValueError(f"{name}: expected method to be one of {', '.join(METHODS)}, but got {method!r}")
     check_shape(name, "table", table, num_relative_positions(window, cls_token), "H")
@@ -49,9 +52,11 @@ def interpolate_table(
         return table.clone()
     num_offsets = num_relative_positions(window, cls_token=False)
     offsets_YXH = table[:num_offsets].double().unflatten(0, (2 * window[0] - 1, 2 * window[1] - 1))
-    y_matrix, x_matrix = (
-        _axis_matrix(side, new_side, method).to(table.device) for side, new_side in zip(window, new_window, strict=True)
-    )
+    with torch.device("cpu"):  # their knots are looked at, whatever the default device is
+        y_matrix, x_matrix = (
+            _axis_matrix(side, new_side, method) for side, new_side in zip(window, new_window, strict=True)
+        )
+    y_matrix, x_matrix = y_matrix.to(table.device), x_matrix.to(table.device)
     new_offsets_YXH = torch.einsum("ay,bx,yxh->abh", y_matrix, x_matrix, offsets_YXH)
     return torch.cat([new_offsets_YXH.flatten(0, 1).to(table.dtype), table[num_offsets:]])
 

@@ -151,14 +151,12 @@ def attention_bwd(
     *,
     grad_qkv: tuple[Tensor, Tensor, Tensor] | None,
     grad_bias: Tensor | None,
-    add_to_bias: bool,
     deterministic: bool,
     delta: Tensor | None = None,
 ) -> None:
     """Fill the gradients that are given.
 
     grad_bias:     [H, N, N], contiguous, of any dtype
-    add_to_bias:   add to what grad_bias holds
     deterministic: sum the gradient of the bias over the pictures in a fixed order
     delta:         [B, H, N] in the dtype of lse, contiguous: filled too, where a kernel that follows reads it
     """
@@ -177,7 +175,8 @@ def attention_bwd(
     # Passes add to one another, in more digits than half precision has.
     total = grad_bias
     if grad_bias is not None and pictures_a_pass < call.batch:
-        total = grad_bias.to(accumulate_dtype(torch.promote_types(grad_bias.dtype, q.dtype)))
+        wide = accumulate_dtype(torch.promote_types(grad_bias.dtype, q.dtype))
+        total = grad_bias if grad_bias.dtype == wide else grad_bias.new_empty(grad_bias.shape, dtype=wide)
 
     def give(block_rows: int, block_cols: int) -> object:
         """Where tiles of grad_scores go: ADD takes a pointer."""
@@ -233,7 +232,7 @@ def attention_bwd(
                 )
             if total is not None and grad_scores is not None:
                 num_slots = num_pictures if bias_grad == STORE else 1
-                _launch_bias_grad_sum(call, grad_scores, total, num_slots, add_to_bias or first > 0)
+                _launch_bias_grad_sum(call, grad_scores, total, num_slots, first > 0)
         if grad_bias is not None and total is not None and total is not grad_bias:
             grad_bias.copy_(total)
 

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from .._triton.target import why_unavailable
 from ..impl import AUTO, Impl, Operator, Resolved
-from ..precision import accumulate_dtype, compute_dtype
-from ..validation import check_determinism, check_float, check_same_device, check_shape
+from ..precision import accumulate_dtype, compute_dtype, without_autocast
+from ..tracing import fx_leaf
+from ..validation import FLOATING, check_determinism, check_float, check_number, check_same_device, check_shape
 from .bias import SharedBias
 from .flex import attention_flex, why_no_flex
 from .reference import attention_reference
@@ -21,12 +22,15 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float, 
 
 
 class _GradientInto(torch.autograd.Function):
-    """The bias, unchanged. Its gradient is added to a tensor, and autograd gets none."""
+    """The bias in the dtype of a tensor that its gradient is added to; autograd gets none.
+
+    Autograd runs the backward of this where the gradient of the bias is wanted, and only there.
+    """
 
     @staticmethod
     def forward(ctx: Any, bias: Tensor, accumulate_into: Tensor) -> Tensor:
         ctx.accumulate_into = accumulate_into
-        return bias.view_as(bias)
+        return bias.view_as(bias) if bias.dtype == accumulate_into.dtype else bias.to(accumulate_into.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_bias: Tensor) -> tuple[None, None]:
@@ -34,8 +38,20 @@ class _GradientInto(torch.autograd.Function):
         return None, None
 
 
+def _accumulating(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`run`, with the gradient of its bias where `accumulate_into` says."""
+
+    def accumulate(*arguments: Any) -> Tensor:
+        *qkv, bias, rounded_bias, mask, accumulate_into, scale, deterministic = arguments
+        if accumulate_into is not None:
+            bias = _GradientInto.apply(bias, accumulate_into)
+        return run(*qkv, bias, rounded_bias, mask, scale, deterministic)
+
+    return accumulate
+
+
 def _separate(attend: Attend) -> Callable[..., Tensor]:
-    """`attend`, in the dtype that autocast asks for, with its bias gradient where `accumulate_into` says.
+    """`attend`, in the dtype that autocast asks for.
 
     It rounds the bias itself: plain autograd is worth more than the pass that a bias rounded before would save.
     """
@@ -47,16 +63,13 @@ def _separate(attend: Attend) -> Callable[..., Tensor]:
         bias: Tensor | None,
         rounded_bias: Tensor | None,
         mask: Tensor | None,
-        accumulate_into: Tensor | None,
         scale: float,
         deterministic: bool,
     ) -> Tensor:
         dtype = compute_dtype(q)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         mask = None if mask is None else mask.to(dtype)
-        if bias is not None and accumulate_into is not None:
-            bias = _GradientInto.apply(bias, accumulate_into)
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q.device):
             return attend(q, k, v, bias, mask, scale, deterministic)
 
     return run
@@ -94,18 +107,21 @@ OTHERS = (
 
 PACKED = Operator(
     f"rel_pos_attention(Tensor qkv, {OTHERS}) -> Tensor",
-    {impl: _packed(attend) for impl, attend in COMPOSED.items()} | {Impl.TRITON: rel_pos_attention_triton},
+    {impl: _accumulating(_packed(attend)) for impl, attend in COMPOSED.items()}
+    | {Impl.TRITON: _accumulating(rel_pos_attention_triton)},
     AUTOMATIC,
     REQUIREMENTS,
 )
 SEPARATE = Operator(
     f"attention(Tensor q, Tensor k, Tensor v, {OTHERS}) -> Tensor",
-    {impl: _separate(attend) for impl, attend in COMPOSED.items()} | {Impl.TRITON: attention_triton},
+    {impl: _accumulating(_separate(attend)) for impl, attend in COMPOSED.items()}
+    | {Impl.TRITON: _accumulating(attention_triton)},
     AUTOMATIC,
     REQUIREMENTS,
 )
 
 
+@fx_leaf
 def rel_pos_attention(
     qkv: Tensor,
     bias: Tensor | SharedBias | None,
@@ -119,21 +135,27 @@ def rel_pos_attention(
     """Multi-head attention with an additive bias on the scores: softmax(scale * q k^T + bias + mask) v.
 
     qkv:   [B, N, 3, H, D]  floating point; query, key and value of every token, as the qkv linear makes them
-    bias:  [H, N, N]        floating point, any dtype, finite in that of qkv; added to the scores of every picture
-                            (rows: queries). What hides keys belongs into mask. Or what RelativePositionBias.shared
-                            gives, for a bias that many layers share.
+    bias:  [H, N, N]        floating point, any dtype, finite in that of qkv or -inf; added to the scores of every
+                            picture (rows: queries). What hides keys from all heads belongs into mask. Or what
+                            RelativePositionBias.shared gives, for a bias that many layers share.
     mask:  [N, N], [W, N, N] or [W, 1, N]  added besides, or bool with True for keys that count; picture b uses
-                            mask[b % W], so W is 1, the windows of a picture (Swin), or B. It gets no gradient. A query
-                            whose keys are all masked gives zeros.
-    scale: factor on q k^T, 1/sqrt(D) when None. It applies neither to the bias nor to the mask.
+                            mask[b % W], so W is 1, the windows of a picture (Swin), or B. Padding [B, N] is
+                            mask[:, None]. A mask for each head, [H, N, N], would be taken for H windows where B is a
+                            multiple of H: it belongs into bias. It gets no gradient.
+    scale: factor on q k^T, a number, 1/sqrt(D) when None. It applies neither to the bias nor to the mask. A learned
+           factor is multiplied into q.
     deterministic: sum the gradient of the bias over the pictures in a fixed order, so that it is the same bits in every
                    run; False lets an implementation be faster
-    accumulate_into: [H, N, N] fp32 (float64 for float64), contiguous: the backward adds the gradient of the bias to it,
-                     and autograd gets none
+    accumulate_into: [H, N, N] fp32 (float64 for float64), contiguous: a backward that wants the gradient of the bias
+                     adds it to this, and autograd gets none. A backward for something else leaves it alone, but not
+                     under torch.compile, which has one backward for all gradients.
     ->     [B, N, H*D]      in the dtype of qkv; under autocast in autocast's dtype
 
-    Half-precision inputs: the bias is used in the dtype of qkv, the softmax sums in fp32. There is no dropout. Triton
-    takes heads of a multiple of 8 channels, at most 128.
+    A query to which bias and mask leave no key, -inf for each, gives zeros and gradients of zero. NaN or infinity in a
+    key or value spreads although it is masked, since 0 times either is NaN. Half-precision inputs: the bias is used in
+    the dtype of qkv, the softmax sums in fp32. `reference` holds the scores in the dtype of qkv, so that one beyond
+    65504 gives NaN in fp16; the others do not. There is no dropout. Triton takes heads of a multiple of 8 channels, at
+    most 128.
     Raises ValueError or TypeError for wrong shapes, devices or dtypes, ImplUnavailable for an `impl` that is not there
     or cannot run here, RuntimeError for deterministic=False under torch.use_deterministic_algorithms.
     Source: BEiT (arXiv:2106.08254) section 2.2 with the relative position bias of Swin (arXiv:2103.14030) equation 4.
@@ -142,7 +164,9 @@ def rel_pos_attention(
     check_shape(name, "qkv", qkv, "B", "N", 3, "H", "D")
     check_float(name, qkv=qkv)
     batch, num_tokens, _, num_heads, head_dim = qkv.shape
+    _check_heads(name, "qkv", qkv, num_heads, head_dim)
     bias, rounded_bias = bias if isinstance(bias, SharedBias) else (bias, None)
+    check_number(name, "multiply what is learned into q", scale=scale)
     mask = _checked(
         name, "qkv", qkv, batch, num_heads, num_tokens, bias, rounded_bias, mask, accumulate_into, deterministic
     )
@@ -153,6 +177,7 @@ def rel_pos_attention(
     )
 
 
+@fx_leaf
 def attention(
     q: Tensor,
     k: Tensor,
@@ -182,7 +207,9 @@ def attention(
     if not q.dtype == k.dtype == v.dtype:
         raise TypeError(f"{name}: q, k and v must have one dtype, but have {q.dtype}, {k.dtype} and {v.dtype}")
     batch, num_heads, num_tokens, head_dim = q.shape
+    _check_heads(name, "q", q, num_heads, head_dim)
     bias, rounded_bias = bias if isinstance(bias, SharedBias) else (bias, None)
+    check_number(name, "multiply what is learned into q", scale=scale)
     mask = _checked(
         name, "q", q, batch, num_heads, num_tokens, bias, rounded_bias, mask, accumulate_into, deterministic
     )
@@ -191,6 +218,32 @@ def attention(
     return torch.ops.fused_beit.attention(
         q, k, v, bias, rounded_bias, mask, accumulate_into, scale, deterministic, resolved.impl.value
     )
+
+
+def _check_heads(name: str, first_name: str, first: Tensor, num_heads: int, head_dim: int) -> None:
+    if not num_heads or not head_dim:
+        raise ValueError(
+            f"{name}: {first_name} must have at least 1 head of at least 1 channel, but has {num_heads} heads of "
+            f"{head_dim} channels, shape {list(first.shape)}"
+        )
+
+
+def _check_accumulate_into(name: str, accumulate_into: Tensor, bias: Tensor | None, wanted: torch.dtype) -> None:
+    if bias is None:
+        raise ValueError(f"{name}: accumulate_into is for the gradient of bias, which is None; leave it out")
+    check_shape(name, "accumulate_into", accumulate_into, *bias.shape)
+    if accumulate_into.dtype != wanted:
+        raise TypeError(f"{name}: accumulate_into must be {wanted}, but is {accumulate_into.dtype}")
+    if not accumulate_into.is_contiguous():
+        strides = tuple(accumulate_into.stride())
+        raise ValueError(f"{name}: accumulate_into must be contiguous, but has strides {strides}")
+    if accumulate_into.requires_grad:
+        raise ValueError(f"{name}: accumulate_into must not require a gradient of its own; give a detached tensor")
+    if torch.is_grad_enabled() and not bias.requires_grad:
+        raise ValueError(
+            f"{name}: accumulate_into is for the gradient of bias, which requires none; leave accumulate_into out, or "
+            f"give a bias that requires one"
+        )
 
 
 def _checked(
@@ -224,20 +277,8 @@ def _checked(
             f"RelativePositionBias.shared({wanted})"
         )
     if accumulate_into is not None:
-        check_shape(name, "accumulate_into", accumulate_into, num_heads, num_tokens, num_tokens)
-        wanted = accumulate_dtype(first.dtype)
-        fits = accumulate_into.dtype == wanted and accumulate_into.is_contiguous() and not accumulate_into.requires_grad
-        if bias is None or not fits:
-            raise ValueError(
-                f"{name}: accumulate_into must be contiguous, {wanted}, without a gradient of its own, and come with a "
-                f"bias, but it is {accumulate_into.dtype} with strides {tuple(accumulate_into.stride())} and "
-                f"requires_grad={accumulate_into.requires_grad}, and bias is {'None' if bias is None else 'given'}"
-            )
-        if torch.is_grad_enabled() and not bias.requires_grad:
-            raise ValueError(
-                f"{name}: accumulate_into is for the gradient of bias, which requires none; leave accumulate_into out, "
-                f"or give a bias that requires one"
-            )
+        _check_accumulate_into(name, accumulate_into, bias, accumulate_dtype(first.dtype))
+    check_number(name, deterministic=deterministic)
     check_determinism(name, deterministic)
     if mask is None:
         return None
@@ -248,12 +289,20 @@ def _checked(
     if not fits or not mask.shape[0] or batch % mask.shape[0]:
         raise ValueError(
             f"{name}: mask must have shape [{num_tokens}, {num_tokens}], [W, {num_tokens}, {num_tokens}] or "
-            f"[W, 1, {num_tokens}] with W a divisor of {batch}, but has {given}; a mask [B, N] of keys is mask[:, None]"
+            f"[W, 1, {num_tokens}] with W a divisor of {batch}, but has {given}; {_mask_hint(given)}"
         )
     if mask.requires_grad:
         raise ValueError(f"{name}: mask gets no gradient, but requires one; what is learned belongs into bias")
     if mask.dtype == torch.bool:
         return torch.zeros_like(mask, dtype=first.dtype).masked_fill(~mask, float("-inf"))
-    if not mask.is_floating_point():
+    if mask.dtype not in FLOATING:
         raise TypeError(f"{name}: mask must be bool (True for keys that count) or floating point, but is {mask.dtype}")
     return mask
+
+
+def _mask_hint(shape: list[int]) -> str:
+    if len(shape) == 4 and shape[1] == 1:
+        return "one [B, 1, N, N] of other libraries is mask[:, 0]"
+    if len(shape) == 4:
+        return "what differs by head belongs into bias, [H, N, N]"
+    return "a mask [B, N] of keys is mask[:, None]"

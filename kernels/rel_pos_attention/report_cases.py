@@ -53,6 +53,5 @@ def launch_all(
         0.125,
         grad_qkv=(q, k, v),
         grad_bias=empty(12, num_tokens, num_tokens, dtype=torch.float32) if has_bias else None,
-        add_to_bias=False,
         deterministic=deterministic,
     )

@@ -1,10 +1,26 @@
 """Attention with a shared additive bias through torch's scaled_dot_product_attention."""
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .._triton.descriptors import padded_length
+
+
+class _FollowedWith(torch.autograd.Function):
+    """A tensor, unchanged, that autograd follows where it follows another one; it has no gradient itself."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, other: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None
 
 
 def attention_sdpa(
@@ -27,7 +43,46 @@ def attention_sdpa(
     added = dense_bias(bias_HNN, mask_WNN, q_BHND)
     if not q_BHND.numel():  # torch then leaves the bias out of the graph
         return q_BHND + 0 * sum(tensor.sum() for tensor in (k_BHND, v_BHND, added) if tensor is not None)
-    return F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, attn_mask=added, scale=scale)
+    if not q_BHND.is_cuda or added is None:
+        return F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, attn_mask=added, scale=scale)
+    if lacks_logsumexp(q_BHND, k_BHND, v_BHND, added):
+        q_BHND = _FollowedWith.apply(q_BHND, added)
+    with without_cudnn() if cudnn_may_give_nan(q_BHND, k_BHND, v_BHND) else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, attn_mask=added, scale=scale)
+
+
+def lacks_logsumexp(q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor, added: Tensor) -> bool:
+    """Whether torch's kernel would keep no logsumexp although its backward reads it: an illegal memory access.
+
+    torch asks q, k and v whether they need a gradient, and not attn_mask: pytorch issue 148476, mended in the pull
+    request 188302 of June 2026, which torch 2.11 does not have.
+    """
+    return torch.is_grad_enabled() and added.requires_grad and not _any_needs_grad(q_BHND, k_BHND, v_BHND)
+
+
+def cudnn_may_give_nan(q_BHND: Tensor, k_BHND: Tensor, v_BHND: Tensor) -> bool:
+    """Whether cuDNN's backward, beside an attn_mask, may give NaN as the gradient of q.
+
+    Its tile of 128 keys takes 64 that are not there for scores of 0, and exp(0 - logsumexp) overflows where a row's
+    logsumexp is below -88: pytorch issue 196678, in torch 2.11 to 2.14 with cuDNN to 9.25. torch takes cuDNN only where
+    attn_mask needs no gradient, so this is about a frozen bias or a mask alone, as in Swin's windows of 64 tokens.
+    """
+    return torch.is_grad_enabled() and q_BHND.shape[2] % 128 == 64 and _any_needs_grad(q_BHND, k_BHND, v_BHND)
+
+
+def _any_needs_grad(*tensors: Tensor) -> bool:
+    return any(tensor.requires_grad for tensor in tensors)
+
+
+@contextlib.contextmanager
+def without_cudnn() -> Iterator[None]:
+    """torch's attention by any of its kernels that are allowed, but not by cuDNN."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def rounded_in_aligned_rows(bias_HNN: Tensor, dtype: torch.dtype) -> Tensor:

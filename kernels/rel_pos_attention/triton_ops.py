@@ -11,19 +11,19 @@ from torch import Tensor
 
 from .._triton.descriptors import tma_can_read
 from .._triton.target import why_unavailable
-from ..differentiation import differentiable_once, refuse_tangents
+from ..differentiation import differentiable_once, refuse_other_derivatives
 from ..impl import ImplUnavailable
 from ..precision import accumulate_dtype, compute_dtype
 from ..validation import check_determinism
 from .plan import HEAD_DIM_STEP, LARGEST_HEAD_DIM, keeps_exact_lse
 
 FORWARD = (
-    "(Tensor[] qkv, Tensor? bias, Tensor? rounded_bias, Tensor? mask, Tensor? accumulate_into, float scale, "
-    "bool deterministic) -> (Tensor out, Tensor lse)"
+    "(Tensor[] qkv, Tensor? bias, Tensor? rounded_bias, Tensor? mask, float scale, bool deterministic) "
+    "-> (Tensor out, Tensor lse)"
 )
 BACKWARD = (
     "(Tensor grad_out, Tensor[] qkv, Tensor? bias, Tensor? mask, Tensor out, Tensor lse, float scale, "
-    "Tensor(a!)[] grad_qkv, Tensor(b!)? grad_bias, bool add_to_bias, bool deterministic) -> ()"
+    "Tensor(a!)[] grad_qkv, Tensor(b!)? grad_bias, bool deterministic) -> ()"
 )
 
 
@@ -32,17 +32,16 @@ def rel_pos_attention_triton(
     bias_HNN: Tensor | None,
     rounded_bias_HNN: Tensor | None,
     mask_WNN: Tensor | None,
-    accumulate_into: Tensor | None,
     scale: float,
     deterministic: bool,
 ) -> Tensor:
     """softmax(scale * q k^T + bias + mask) v, heads side by side: [B,N,3,H,D] -> [B,N,H*D]."""
     qkv_BN3HD = qkv_BN3HD.to(compute_dtype(qkv_BN3HD))
     _check("rel_pos_attention", qkv_BN3HD)
-    refuse_tangents("rel_pos_attention", qkv_BN3HD, bias_HNN)
+    refuse_other_derivatives("rel_pos_attention", qkv_BN3HD, bias_HNN)
     mask_WNN = None if mask_WNN is None else mask_WNN.to(qkv_BN3HD.dtype)
     out_BNHD, _ = torch.ops.fused_beit.attention_fwd(
-        [qkv_BN3HD], bias_HNN, rounded_bias_HNN, mask_WNN, accumulate_into, scale, deterministic
+        [qkv_BN3HD], bias_HNN, rounded_bias_HNN, mask_WNN, scale, deterministic
     )
     return out_BNHD.flatten(2)
 
@@ -54,7 +53,6 @@ def attention_triton(
     bias_HNN: Tensor | None,
     rounded_bias_HNN: Tensor | None,
     mask_WNN: Tensor | None,
-    accumulate_into: Tensor | None,
     scale: float,
     deterministic: bool,
 ) -> Tensor:
@@ -62,10 +60,10 @@ def attention_triton(
     dtype = compute_dtype(q_BHND)
     q_BHND, k_BHND, v_BHND = q_BHND.to(dtype), k_BHND.to(dtype), v_BHND.to(dtype)
     _check("attention", q_BHND, k_BHND, v_BHND)
-    refuse_tangents("attention", q_BHND, k_BHND, v_BHND, bias_HNN)
+    refuse_other_derivatives("attention", q_BHND, k_BHND, v_BHND, bias_HNN)
     mask_WNN = None if mask_WNN is None else mask_WNN.to(dtype)
     out_BNHD, _ = torch.ops.fused_beit.attention_fwd(
-        [q_BHND, k_BHND, v_BHND], bias_HNN, rounded_bias_HNN, mask_WNN, accumulate_into, scale, deterministic
+        [q_BHND, k_BHND, v_BHND], bias_HNN, rounded_bias_HNN, mask_WNN, scale, deterministic
     )
     return out_BNHD.transpose(1, 2)
 
@@ -107,7 +105,6 @@ def _empty_outputs(
     bias: Tensor | None,
     rounded_bias: Tensor | None,
     mask: Tensor | None,
-    accumulate_into: Tensor | None,
     scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -123,13 +120,12 @@ def _forward(
     bias: Tensor | None,
     rounded_bias: Tensor | None,
     mask: Tensor | None,
-    accumulate_into: Tensor | None,
     scale: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     from .launch import attention_fwd
 
-    out_BNHD, lse = _empty_outputs(qkv, bias, rounded_bias, mask, accumulate_into, scale, deterministic)
+    out_BNHD, lse = _empty_outputs(qkv, bias, rounded_bias, mask, scale, deterministic)
     if out_BNHD.numel():
         used = bias if rounded_bias is None else rounded_bias
         attention_fwd(*_split(qkv), used, mask, scale, out_BNHD.transpose(1, 2), lse)
@@ -146,7 +142,6 @@ def _backward(
     scale: float,
     grad_qkv: list[Tensor],
     grad_bias: Tensor | None,
-    add_to_bias: bool,
     deterministic: bool,
 ) -> None:
     """Fill `grad_qkv`, a list of the form of qkv or empty, and `grad_bias`, where they are wanted."""
@@ -164,34 +159,30 @@ def _backward(
         scale,
         grad_qkv=_split(grad_qkv) if grad_qkv else None,
         grad_bias=grad_bias,
-        add_to_bias=add_to_bias,
         deterministic=deterministic,
     )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, bias, rounded_bias, mask, accumulate_into, ctx.scale, ctx.deterministic = inputs
+    qkv, bias, rounded_bias, mask, ctx.scale, ctx.deterministic = inputs
     ctx.save_for_backward(bias, rounded_bias, mask, *output, *qkv)
-    ctx.accumulate_into = accumulate_into  # which its owner may change before the backward
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # no zeros for lse
 
 
 def _grads(ctx: Any, grad_out: Tensor | None, grad_lse: None) -> tuple[Any, ...]:
     if grad_out is None:
-        return [None] * len(ctx.needs_input_grad[0]), *[None] * 6
+        return [None] * len(ctx.needs_input_grad[0]), *[None] * 5
     bias, rounded_bias, mask, out, lse, *qkv = ctx.saved_tensors
-    accumulate_into = ctx.accumulate_into
     wants, want_bias, *_ = ctx.needs_input_grad
     check_determinism("attention", ctx.deterministic)
     grad_qkv: list[Tensor] = []
     if any(wants):
         packed = len(qkv) == 1
         grad_qkv = [qkv[0].new_empty(qkv[0].shape)] if packed else [_empty_like_heads(tensor) for tensor in qkv]
-    own_grad_bias = None
-    if want_bias and accumulate_into is None:
-        own_grad_bias = bias.new_empty(bias.shape) if out.numel() else bias.new_zeros(bias.shape)
-    grad_bias = accumulate_into if want_bias and accumulate_into is not None else own_grad_bias
+    grad_bias = None
+    if want_bias:
+        grad_bias = bias.new_empty(bias.shape) if out.numel() else bias.new_zeros(bias.shape)
     if out.numel() and (grad_qkv or want_bias):
         torch.ops.fused_beit.attention_bwd(
             grad_out,
@@ -203,12 +194,11 @@ def _grads(ctx: Any, grad_out: Tensor | None, grad_lse: None) -> tuple[Any, ...]
             ctx.scale,
             grad_qkv,
             grad_bias,
-            own_grad_bias is None,
             ctx.deterministic,
         )
     wanted = [grad_qkv[i] if want else None for i, want in enumerate(wants)]
-    *wanted, own_grad_bias = differentiable_once("attention", [*wanted, own_grad_bias], grad_out, bias, *qkv)
-    return wanted, own_grad_bias, None, None, None, None, None
+    *wanted, grad_bias = differentiable_once("attention", [*wanted, grad_bias], grad_out, bias, *qkv)
+    return wanted, grad_bias, None, None, None, None
 
 
 if not hasattr(torch.ops.fused_beit, "attention_fwd"):  # once only, as in impl.py

@@ -12,7 +12,8 @@ and with the gradients of x_new and normed, xhat = (x_new - mean) * rstd and h =
     grad_y = keep * gamma * grad_x                                                          # [R, D]
     grad_gamma, grad_weight, grad_bias = (keep * y * grad_x).sum(0), (grad_normed * xhat).sum(0), grad_normed.sum(0)
 
-A pointer that is None leaves out what it stands for: gamma or keep a factor, weight the LayerNorm, a gradient itself.
+A pointer that is None leaves out what it stands for: gamma, keep or weight a factor, bias an addend, normed the
+LayerNorm, a gradient itself.
 Rows are cut as in _triton/rows.py. Everything is computed in ACC.
 
 Not supported: rows that are not contiguous; 2^31 rows or more; bf16 in Triton's interpreter, which computes it wrongly.
@@ -74,9 +75,10 @@ def store_normed(
     D: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    weight = load_channels(weight_ptr, FIRST, SIZE, D, ACC)
-    bias = load_channels(bias_ptr, FIRST, SIZE, D, ACC)
-    store_rows(normed_ptr, rows, inside, xhat * weight[None, :] + bias[None, :], FIRST, SIZE, D)
+    normed = xhat * load_channels(weight_ptr, FIRST, SIZE, D, ACC)[None, :]
+    if bias_ptr is not None:
+        normed += load_channels(bias_ptr, FIRST, SIZE, D, ACC)[None, :]
+    store_rows(normed_ptr, rows, inside, normed, FIRST, SIZE, D)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_tokens"])
@@ -85,10 +87,10 @@ def residual_fwd_kernel(
     y_ptr,  # [R, D]
     gamma_ptr,  # [D] or None
     keep_ptr,  # [R / num_tokens] or None
-    weight_ptr,  # [D], or None where nothing is normed
-    bias_ptr,  # [D]
+    weight_ptr,  # [D] or None, and so the next
+    bias_ptr,
     x_new_ptr,  # [R, D]
-    normed_ptr,  # [R, D]
+    normed_ptr,  # [R, D], or None where nothing is normed
     mean_ptr,  # [R]
     rstd_ptr,  # [R]
     num_rows,
@@ -108,7 +110,7 @@ def residual_fwd_kernel(
     tail = None
     if TAIL:
         tail = add_branch(x_ptr, y_ptr, gamma_ptr, x_new_ptr, keep, rows, inside, MAIN, TAIL, D, ACC)
-    if weight_ptr is not None:
+    if normed_ptr is not None:
         main, tail, mean, rstd = standardise(main, tail, EPS, D, MAIN, TAIL)
         tl.store(mean_ptr + rows, mean, mask=inside)
         tl.store(rstd_ptr + rows, rstd, mask=inside)
@@ -149,7 +151,7 @@ def residual_bwd_kernel(
     y_ptr,  # [R, D], or None where gamma needs no gradient
     gamma_ptr,  # [D] or None
     keep_ptr,  # [R / num_tokens] or None
-    weight_ptr,  # [D]
+    weight_ptr,  # [D] or None
     mean_ptr,  # [R]
     rstd_ptr,  # [R]
     grad_x_ptr,  # [R, D] or None

@@ -50,7 +50,7 @@ def residual_fwd(
     mean: Tensor | None,
     rstd: Tensor | None,
 ) -> None:
-    """Fill x_new [B, N, D], and where there is a weight, normed [B, N, D] and mean, rstd [B, N]."""
+    """Fill x_new [B, N, D], and where it is given, normed [B, N, D] and mean, rstd [B, N]."""
     inputs = _contiguous(x, y, gamma, keep, weight, bias)
     shared = _shared_arguments(x, FORWARD_WARPS)
     grid = (triton.cdiv(shared["num_rows"], shared["ROWS"]),)

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from .._triton.target import why_unavailable
 from ..impl import AUTO, REFERENCE_FIRST, Impl, Operator
-from ..validation import check_float, check_same_device, check_shape
+from ..tracing import fx_leaf
+from ..validation import check_float, check_number, check_same_device, check_shape
 from .reference import residual_add_reference, residual_norm_reference
 from .triton_ops import residual_add_triton, residual_norm_triton
 
@@ -18,8 +19,8 @@ ADD = Operator(
     REQUIREMENTS,
 )
 NORM = Operator(
-    "residual_norm(Tensor x, Tensor y, Tensor? gamma, Tensor? keep, Tensor weight, Tensor bias, float eps, str impl) "
-    "-> (Tensor, Tensor)",
+    "residual_norm(Tensor x, Tensor y, Tensor? gamma, Tensor? keep, Tensor? weight, Tensor? bias, float eps, "
+    "str impl) -> (Tensor, Tensor)",
     {Impl.REFERENCE: residual_norm_reference, Impl.TRITON: residual_norm_triton},
     REFERENCE_FIRST,
     REQUIREMENTS,
@@ -38,6 +39,7 @@ def _check_branch(name: str, x: Tensor, y: Tensor, gamma: Tensor | None, keep: T
     check_same_device(name, "x", x, y=y, gamma=gamma, keep=keep)
 
 
+@fx_leaf
 def residual_add(x: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None, *, impl: str | Impl = AUTO) -> Tensor:
     """x + keep * gamma * y: LayerScale, DropPath and the residual add, where no norm follows.
 
@@ -56,13 +58,14 @@ def residual_add(x: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None
     return torch.ops.fused_beit.residual_add(x, y, gamma, keep, resolved.impl.value)
 
 
+@fx_leaf
 def residual_norm(
     x: Tensor,
     y: Tensor,
     gamma: Tensor | None,
     keep: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     *,
     eps: float = 1e-6,
     impl: str | Impl = AUTO,
@@ -70,7 +73,8 @@ def residual_norm(
     """(x_new, LayerNorm(x_new)) with x_new = x + keep * gamma * y.
 
     x, y, gamma, keep: as in `residual_add`
-    weight, bias:      [D]        of the LayerNorm, with `eps`
+    weight, bias:      [D]        of the LayerNorm, with `eps`; None for one that has none of its own, as of
+                                  nn.LayerNorm(bias=False) or (elementwise_affine=False)
     -> x_new           [B, N, D]  in the dtype of x, under autocast too: the residual stream is never narrowed
        normed          [B, N, D]  in the dtype of x; under autocast in autocast's dtype, as the next linear wants it
 
@@ -79,8 +83,10 @@ def residual_norm(
     """
     name = "residual_norm"
     _check_branch(name, x, y, gamma, keep)
-    check_shape(name, "weight", weight, x.shape[2])
-    check_shape(name, "bias", bias, x.shape[2])
+    for parameter, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            check_shape(name, parameter, tensor, x.shape[2])
+    check_number(name, eps=eps)
     check_float(name, weight=weight, bias=bias)
     check_same_device(name, "x", x, weight=weight, bias=bias)
     resolved = NORM.resolve(impl, x.device.type)

@@ -28,8 +28,8 @@ def residual_norm_reference(
     y_BND: Tensor,
     gamma_D: Tensor | None,
     keep_B: Tensor | None,
-    weight_D: Tensor,
-    bias_D: Tensor,
+    weight_D: Tensor | None,
+    bias_D: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """(x_new, LayerNorm(x_new)) with x_new = x + keep * gamma * y."""

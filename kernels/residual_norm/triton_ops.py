@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from .._triton.target import why_unavailable
-from ..differentiation import differentiable_once, refuse_tangents
+from ..differentiation import differentiable_once, refuse_other_derivatives
 from ..impl import Impl, ImplUnavailable, refusal
 from ..precision import accumulate_dtype, compute_dtype
 
 NORM_FORWARD = (
-    "(Tensor x, Tensor y, Tensor? gamma, Tensor? keep, Tensor weight, Tensor bias, float eps, ScalarType dtype) "
+    "(Tensor x, Tensor y, Tensor? gamma, Tensor? keep, Tensor? weight, Tensor? bias, float eps, ScalarType dtype) "
     "-> (Tensor x_new, Tensor normed, Tensor mean, Tensor rstd)"
 )
 ADD_FORWARD = "(Tensor x, Tensor y, Tensor? gamma, Tensor? keep) -> Tensor"
@@ -27,8 +27,8 @@ def residual_norm_triton(
     y_BND: Tensor,
     gamma_D: Tensor | None,
     keep_B: Tensor | None,
-    weight_D: Tensor,
-    bias_D: Tensor,
+    weight_D: Tensor | None,
+    bias_D: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """(x_new, LayerNorm(x_new)) with x_new = x + keep * gamma * y."""
@@ -56,7 +56,7 @@ def _check(operator: str, keep: Tensor | None, dtypes: list[torch.dtype], *input
     if keep is not None and keep.requires_grad and torch.is_grad_enabled():
         why = "keep requires a gradient, and the kernels have none for it; use impl='reference', or keep.detach()"
         raise ImplUnavailable(refusal(operator, Impl.TRITON, why))
-    refuse_tangents(operator, *given)
+    refuse_other_derivatives(operator, *given)
 
 
 def _empty_norm(
@@ -64,8 +64,8 @@ def _empty_norm(
     y: Tensor,
     gamma: Tensor | None,
     keep: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -84,8 +84,8 @@ def _norm_forward(
     y: Tensor,
     gamma: Tensor | None,
     keep: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from .._triton.target import why_unavailable
 from ..impl import AUTO, REFERENCE_FIRST, Impl, Operator
-from ..validation import check_float, check_int64, check_same_device, check_shape
+from ..tracing import fx_leaf
+from ..validation import check_float, check_int64, check_number, check_same_device, check_shape
 from .reference import token_loss_reference
 from .triton_ops import token_loss_triton
 
@@ -27,6 +28,7 @@ class TokenLoss(NamedTuple):
     accuracy: Tensor
 
 
+@fx_leaf
 def token_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -49,7 +51,8 @@ def token_loss(
     -> TokenLoss(loss, accuracy), fp32 (float64 for float64)
 
     The product is made in the dtype of hidden (autocast's under autocast), everything after it in fp32. Among equal
-    logits the lowest token is the prediction. Nothing waits for the device.
+    logits the lowest token is the prediction; a row with a NaN among its logits is no hit. Nothing waits for the
+    device.
     Raises ValueError or TypeError for wrong arguments, ImplUnavailable for an `impl` it does not have or that
     cannot run here. Targets outside their range are found by torch, on a CPU as IndexError; triton gives NaN for them.
     Source: BEiT (arXiv:2106.08254) equation 3.
@@ -68,6 +71,7 @@ def token_loss(
     check_same_device(name, "hidden", hidden, weight=weight, bias=bias, targets=targets)
     if reduction not in ("mean", "none"):
         raise ValueError(f"{name}: reduction must be 'mean' or 'none', but is {reduction!r}")
+    check_number(name, label_smoothing=label_smoothing, ignore_index=ignore_index)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"{name}: label_smoothing must be in 0..1, but is {label_smoothing}")
     resolved = OPERATOR.resolve(impl, hidden.device.type)

@@ -3,11 +3,10 @@
 R rows (masked patches), V tokens of the vocabulary, D channels.
 """
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..precision import accumulate_dtype, compute_dtype
+from ..precision import accumulate_dtype, compute_dtype, without_autocast
 
 
 def token_loss_reference(
@@ -21,13 +20,14 @@ def token_loss_reference(
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy and accuracy of hidden @ weight^T + bias; the product in the dtype of hidden, the rest in fp32."""
     dtype = compute_dtype(hidden_RD)
-    with torch.autocast(hidden_RD.device.type, enabled=False):
+    with without_autocast(hidden_RD.device):
         bias_V = None if bias_V is None else bias_V.to(dtype)
         logits_RV = F.linear(hidden_RD.to(dtype), weight_VD.to(dtype), bias_V)
         counted_R = targets_R != ignore_index
         logits_RV = logits_RV.to(accumulate_dtype(dtype))
-        # torch.max gives the first of equal maxima, and on a CPU sooner than argmax does.
-        hits_R = (logits_RV.detach().max(dim=-1).indices == targets_R) & counted_R
+        # torch.max gives the first of equal maxima, and on a CPU sooner than argmax does; and NaN where there is one.
+        best_R = logits_RV.detach().max(dim=-1)
+        hits_R = (best_R.indices == targets_R) & counted_R & ~best_R.values.isnan()
         loss = F.cross_entropy(
             logits_RV,
             targets_R,

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .._triton.target import why_unavailable
-from ..differentiation import differentiable_once, refuse_tangents
+from ..differentiation import differentiable_once, refuse_other_derivatives
 from ..impl import Impl, ImplUnavailable, refusal
-from ..precision import accumulate_dtype, compute_dtype
+from ..precision import accumulate_dtype, compute_dtype, without_autocast
 
 INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float label_smoothing, int ignore_index"
 GRADS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
@@ -36,7 +36,7 @@ def token_loss_triton(
     why = why_unavailable(hidden_RD.device, hidden_RD.dtype)
     if why is not None:
         raise ImplUnavailable(refusal("token_loss", Impl.TRITON, why))
-    refuse_tangents("token_loss", hidden_RD, weight_VD, bias_V)
+    refuse_other_derivatives("token_loss", hidden_RD, weight_VD, bias_V)
     learned = (hidden_RD, weight_VD, bias_V)
     wants = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in learned]
     loss, accuracy, *_ = torch.ops.fused_beit.token_loss_fwd(
@@ -140,7 +140,7 @@ def _run(
 
     for total in grads[1:]:
         total.zero_()
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(hidden.device):
         dtype = hidden.dtype
         token_loss_chunks(
             hidden,
