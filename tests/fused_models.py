@@ -24,21 +24,54 @@ def randomised(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
+class LowRank(nn.Module):
+    """As LoRA is put around a linear layer: no attribute of the layer is passed on."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.linear = linear
+        self.down = nn.Linear(linear.in_features, 2, bias=False)
+        self.up = nn.Linear(2, linear.out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) + self.up(self.down(x))
+
+
+def assert_dead_rows_are_those_of_the_model(attention: nn.Module, mask_name: str, impl: str) -> None:
+    """A mask of each head's own, [1, 2, 10, 10], that hides all keys of one query and one key of all."""
+    attention = attention.double()
+    mask = torch.randn(1, 2, 10, 10, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    mask[:, 0, 3] = -torch.inf
+    mask[:, :, :, 7] = -torch.inf
+    width = next(attention.parameters()).shape[-1]
+    x = torch.randn(2, 10, width, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    expected = outputs_and_grads(attention, {NAMES_OF_X[mask_name]: x, mask_name: mask})
+    assert all(found.isfinite().all() for found in expected.values())
+    fuse(attention, impl=impl)
+    actual = outputs_and_grads(attention, {NAMES_OF_X[mask_name]: x, mask_name: mask})
+    for name in expected:
+        torch.testing.assert_close(actual[name], expected[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+NAMES_OF_X = {"attn_mask": "x", "attention_mask": "hidden_states"}
+
+
 def pictures(size: int, batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(2))
 
 
 def output_of(model: nn.Module, inputs: dict) -> torch.Tensor:
-    """What comes first: the tensor itself for timm, the logits or hidden states for transformers."""
+    """What comes first: the tensor itself for timm; for transformers the logits, hidden states or all feature maps."""
     found = model(**inputs)
-    return found if isinstance(found, torch.Tensor) else found[0]
+    first = found if isinstance(found, torch.Tensor) else found[0]
+    return first if isinstance(first, torch.Tensor) else torch.cat([each.flatten() for each in first])
 
 
 def outputs_and_grads(model: nn.Module, inputs: dict) -> dict[str, torch.Tensor]:
-    """The output and the gradient of every parameter, for one fixed random cotangent."""
+    """The output and the gradient of every parameter that is trained, for one fixed random cotangent."""
     output = output_of(model, inputs)
     cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(3))
-    wanted = dict(model.named_parameters())
+    wanted = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     grads = torch.autograd.grad(output, list(wanted.values()), cotangent.to(output.dtype), allow_unused=True)
     found = {f"grad {name}": grad for name, grad in zip(wanted, grads, strict=True) if grad is not None}
     return found | {"output": output.detach()}

@@ -1,4 +1,4 @@
-"""fuse(model) on transformers' BEiT, ViT, DeiT and DINOv2: what it computes, keeps, and refuses."""
+"""fuse(model) on transformers' BEiT, Swin and those written like ViT: what it computes, keeps, and refuses."""
 
 import copy
 import pickle
@@ -7,9 +7,18 @@ import sys
 
 import pytest
 import torch
-from fused_models import assert_fused_is_as_exact, output_of, outputs_and_grads, pictures, randomised
+from fused_models import (
+    LowRank,
+    assert_dead_rows_are_those_of_the_model,
+    assert_fused_is_as_exact,
+    output_of,
+    outputs_and_grads,
+    pictures,
+    randomised,
+)
 
-from fused_beit.kernels import FuseReport, ImplUnavailable, fuse, unfuse
+from fused_beit.kernels import FuseReport, Impl, ImplUnavailable, fuse, unfuse
+from fused_beit.kernels.rel_pos_attention.op import PACKED
 
 transformers = pytest.importorskip("transformers")
 
@@ -24,6 +33,18 @@ SHAPE = {
     "attn_implementation": "sdpa",  # the eager one rounds float64 scores to fp32
 }
 DINOV2 = {name: value for name, value in SHAPE.items() if name != "intermediate_size"} | {"qkv_bias": False}
+SWIN = {
+    "image_size": SIZE,
+    "patch_size": 2,  # 16 x 16 patches: four windows, and shifted ones with their masks
+    "embed_dim": 16,
+    "depths": [2, 1],
+    "num_heads": [2, 2],
+    "window_size": 4,
+    "drop_path_rate": 0.0,
+    "attn_implementation": "sdpa",
+}
+
+
 # Without a bias of the keys, whose gradient is nothing but rounding.
 FAMILIES = {
     "beit, a table a layer": lambda: transformers.BeitModel(beit(use_relative_position_bias=True)),
@@ -41,6 +62,37 @@ FAMILIES = {
 }
 
 
+def of_the_same_source(name, head="Model", **settings):
+    """A family whose attention has the text of ViT's, where the installed transformers is as new."""
+
+    def make():
+        if not hasattr(transformers, f"{name}{head}"):
+            pytest.skip(f"transformers {transformers.__version__} has no {name}{head}")
+        config = getattr(transformers, f"{name}Config")(**(SHAPE | {"qkv_bias": False} | settings))
+        return getattr(transformers, f"{name}{head}")(config)
+
+    return make
+
+
+FAMILIES |= {
+    "vit mae": of_the_same_source("ViTMAE", mask_ratio=0.5),
+    "vit msn": of_the_same_source("ViTMSN"),
+    "i-jepa": of_the_same_source("IJepa"),
+    "ast": of_the_same_source("AST", num_mel_bins=16, max_length=24, frequency_stride=8, time_stride=8),
+    "vivit": of_the_same_source("Vivit", image_size=16, num_frames=4, tubelet_size=(2, 8, 8)),
+    "pixio": of_the_same_source("Pixio", n_cls_tokens=2),
+    "tips v2": of_the_same_source("Tipsv2Vision"),
+    "rf-detr": of_the_same_source("RfDetrDinov2", "Backbone", num_windows=2, out_indices=[2]),
+    "lw-detr": of_the_same_source("LwDetrViT", "Backbone", pretrain_image_size=SIZE, num_windows=4, out_indices=[2]),
+    "swin": lambda: transformers.SwinModel(transformers.SwinConfig(**SWIN, qkv_bias=False)),
+}
+OTHER_INPUTS = {
+    "vit mae": {"pixel_values": pictures(SIZE), "noise": torch.rand(2, 16, generator=torch.Generator().manual_seed(4))},
+    "ast": {"input_values": pictures(24)[:, 0, :, :16]},
+    "vivit": {"pixel_values": torch.stack([pictures(16, 4), pictures(16, 4).flip(0)])},
+}
+
+
 def beit(**settings):
     defaults = {"layer_scale_init_value": 0.1, "drop_path_rate": 0.0, "use_mean_pooling": False}
     return transformers.BeitConfig(**(SHAPE | defaults | settings))
@@ -54,15 +106,19 @@ def inputs(size: int = SIZE):
     return {"pixel_values": pictures(size)}
 
 
+def inputs_of(family: str):
+    return OTHER_INPUTS.get(family, inputs())
+
+
 @pytest.mark.parametrize("impl", ["reference", "sdpa"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_outputs_and_gradients_are_those_of_the_model(family, impl):
-    assert_fused_is_as_exact(randomised(FAMILIES[family]()), inputs(), impl)
+    assert_fused_is_as_exact(randomised(FAMILIES[family]()), inputs_of(family), impl)
 
 
-@pytest.mark.parametrize("family", ["beit, a table a layer", "beit, a shared table", "vit"])
+@pytest.mark.parametrize("family", ["beit, a table a layer", "beit, a shared table", "vit", "vit mae", "swin"])
 def test_outputs_and_gradients_are_those_of_the_model_with_the_triton_kernels(family):
-    assert_fused_is_as_exact(randomised(FAMILIES[family]()), inputs(), "triton")
+    assert_fused_is_as_exact(randomised(FAMILIES[family]()), inputs_of(family), "triton")
 
 
 @pytest.mark.parametrize(
@@ -183,6 +239,98 @@ def test_a_mask_of_padding_is_served():
     assert_fused_is_as_exact(model, masked, "reference")
 
 
+@pytest.mark.parametrize("impl", ["reference", "sdpa", "triton"])
+def test_a_query_without_a_key_in_a_mask_of_each_head_gives_what_it_gave(impl):
+    attention = randomised(FAMILIES["vit"]()).layers[0].attention
+    assert_dead_rows_are_those_of_the_model(attention, "attention_mask", impl)
+
+
+@pytest.mark.parametrize("name", ["q_proj", "o_proj"])
+def test_what_was_put_around_a_projection_is_called(name):
+    model = beit_model()
+    for layer in model.layers:
+        setattr(layer.attention, name, LowRank(getattr(layer.attention, name)))
+    assert_fused_is_as_exact(randomised(model), inputs(), "reference")
+
+
+def test_the_shifted_windows_of_swin_take_their_own_masks():
+    model = randomised(FAMILIES["swin"]()).double()
+    layer, seen = model.encoder.layers[0].blocks[1], []
+    layer.attention.register_forward_hook(lambda module, args, output: seen.append(args[1]))
+    given = {"pixel_values": inputs()["pixel_values"].double()}
+    expected = output_of(model, given)
+    report = fuse(model, impl="reference")
+    torch.testing.assert_close(output_of(model, given), expected)
+    assert seen[1].shape == (16, 16, 16) and seen[1].any()
+    assert report.kept == []
+    assert layer.attention.relative_position_bias.fusion.window == (4, 4)
+    layer.get_attn_mask = lambda *_, **__: None
+    assert not torch.allclose(output_of(model, given), expected, atol=1e-3)
+
+
+def test_unfuse_gives_swin_the_same_bits_as_before():
+    model = randomised(FAMILIES["swin"]())
+    before = outputs_and_grads(model, inputs())
+    fuse(model, impl="sdpa")
+    after = outputs_and_grads(unfuse(model), inputs())
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def without_a_config(layer):
+    layer.attention.config = None
+
+
+def with_a_learned_scale(layer):
+    layer.attention.scaling = torch.nn.Parameter(torch.tensor(0.3))
+
+
+def with_no_causal_flag(layer):
+    del layer.attention.is_causal
+
+
+def with_a_dropout_that_is_no_number(layer):
+    layer.attention.attention_dropout = None
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (without_a_config, "it is not as its class makes it (AttributeError: 'NoneType' object has no attribute"),
+        (with_a_learned_scale, "its scaling is a Parameter, where a number is known"),
+        (with_no_causal_flag, "it is not as its class makes it (AttributeError"),
+        (with_a_dropout_that_is_no_number, "it is not as its class makes it (TypeError"),
+    ],
+)
+def test_an_odd_layer_is_kept_and_does_not_stop_the_others(change, why):
+    model = beit_model()
+    change(model.layers[0])
+    report = fuse(model)
+    assert [name for name, _, _ in report.kept] == ["layers.0.attention"]
+    assert report.kept[0][2].startswith(why)
+    assert "layers.1.attention" in [name for name, _ in report.replaced]
+
+
+def test_a_fused_module_whose_class_was_changed_is_kept_and_the_model_is_not_half_unfused():
+    model = beit_model()
+    fuse(model)
+    attention = model.layers[1].attention
+    attention.__class__ = type("Wrapped", (type(attention),), {})
+    assert fuse(model).kept[0][0] == "layers.1.attention"
+    with pytest.raises(RuntimeError, match="its class was changed since it was fused"):
+        unfuse(model)
+    assert type(model.layers[0].attention).__name__ == "FusedBeitAttention"
+
+
+def test_a_table_of_another_size_put_in_after_fusing_is_resized_by_the_original():
+    model = beit_model()
+    bias = model.layers[0].relative_position_bias
+    fuse(model)
+    rows = torch.randn(bias.relative_position_bias_table.shape[0] + 5, 2)
+    bias.relative_position_bias_table = torch.nn.Parameter(rows)
+    actual = bias((4, 4))
+    assert torch.equal(actual, unfuse(bias)((4, 4)))
+
+
 def refused(model, why, **arguments):
     with pytest.raises(RuntimeError, match=why):
         model(**inputs(), **arguments)
@@ -268,6 +416,35 @@ def test_the_table_of_a_window_that_is_not_square_stays_with_the_original():
         "its window is 4 x 2, and the original permutes the table of one that is not square"
     }
     torch.testing.assert_close(output_of(model, given), expected)
+
+
+def test_a_device_that_the_implementation_does_not_run_on_is_named_with_what_to_do(monkeypatch):
+    monkeypatch.setitem(PACKED.requirements, Impl.TRITON, lambda device: "it needs a GPU")
+    with pytest.raises(ImplUnavailable, match=r"it needs a GPU\. The model is on cpu: .* move it first, then fuse it"):
+        fuse(beit_model(), impl="triton")
+
+
+def test_of_attention_in_attention_the_one_that_computes_is_named():
+    with torch.device("meta"):
+        model = transformers.YolosModel(transformers.YolosConfig(num_hidden_layers=2))
+    with pytest.raises(ValueError, match=r"layer\.1\..*YolosSelfAttention, not a class that is known here") as raised:
+        fuse(model)
+    assert "YolosAttention" not in str(raised.value)
+
+
+def test_attention_without_the_word_in_its_name_is_named():
+    class Mixer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.proj = torch.nn.Linear(8, 24), torch.nn.Linear(8, 8)
+
+    with pytest.raises(ValueError, match=r"0: .*Mixer, not a class that is known here"):
+        fuse(torch.nn.Sequential(Mixer()))
+
+
+def test_a_model_without_attention_is_told_what_it_is_made_of():
+    with pytest.raises(ValueError, match=r"found: no attention among torch.*Sequential, torch.*Linear\n"):
+        fuse(torch.nn.Sequential(torch.nn.Linear(2, 2)))
 
 
 def test_a_model_with_nothing_to_replace_is_told_what_is_served():

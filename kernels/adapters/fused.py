@@ -8,13 +8,16 @@ B pictures, N tokens, H heads, D channels of a head.
 """
 
 import inspect
+import math
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from ..impl import AUTO, Impl
 from ..rel_pos_attention import expand_table, relative_position_index
+from ..rel_pos_attention.bias import num_relative_positions
 
 
 class Fusion(NamedTuple):
@@ -26,7 +29,11 @@ class Fusion(NamedTuple):
 
 
 class Fused(nn.Module):
-    """Base of the forwards that stand for a library's own. A subclass says for which, and when it may."""
+    """Base of the forwards that stand for a library's own. A subclass says for which, and when it may.
+
+    `fuse` asks the static methods about modules that anyone may have changed; what they raise becomes the reason for
+    which that module is kept.
+    """
 
     kind: ClassVar[str]
     source: ClassVar[str]
@@ -38,7 +45,10 @@ class Fused(nn.Module):
     must_use: ClassVar[str]
     """Those of them that are in every version."""
     not_called: ClassVar[tuple[str, ...]] = ()
-    """Children that the fused forward does not call: a hook on them would be lost."""
+    """Children that the fused forward does not call, so they must do nothing of their own."""
+
+    has_heads: ClassVar[bool] = False
+    """Whether it is attention, and not a bias alone."""
 
     template: ClassVar[type["Fused"]]
     original: ClassVar[type[nn.Module]]
@@ -67,10 +77,26 @@ class Fused(nn.Module):
     def refuse(self, why: str) -> NoReturn:
         raise RuntimeError(f"fused {self.kind}: {why}; unfuse(model) gives the original forward back")
 
-    def check_dropout(self) -> None:
-        """Raise RuntimeError where attention weights would be dropped."""
-        if self.training and self.dropout_of(self) > 0:
-            self.refuse(f"attention dropout of {self.dropout_of(self)} in training is not served")
+    def check_served(self) -> None:
+        """Raise RuntimeError where attention weights would be dropped, or where someone waits for them."""
+        why = why_not_now(self.template, self)
+        if why is not None:
+            self.refuse(why)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module; torch.fx records it as one node, whatever its tracer takes to be a leaf.
+
+        So its forward may look at shapes, and what is checked there is checked in every run of the traced model.
+        """
+        proxies = [given for given in (*args, *kwargs.values(), _table_of(self)) if isinstance(given, Proxy)]
+        if not proxies:
+            return super().__call__(*args, **kwargs)
+        tracer: Any = proxies[0].tracer
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+
+        return tracer.call_module(self, record, args, kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _blank, (self.template, self.original), self.__getstate__()
@@ -116,6 +142,42 @@ def why_other_forward(template: type[Fused], original: type[nn.Module]) -> str |
     return f"its forward does not use {', '.join(missing)}, as the known versions do" if missing else None
 
 
+def why_not_now(template: type[Fused], module: Any) -> str | None:
+    """Why a module cannot be served in the state that it is in: asked by `fuse`, and again in every forward."""
+    for name in template.not_called:
+        child = getattr(module, name, None)
+        if not isinstance(child, nn.Module) or type(child) not in NOTHING_OF_THEIR_OWN:
+            return f"its {name} is a {qualified_name(type(child))}, which would not be called"
+        if has_hooks(child):
+            return f"a hook on its {name} would not be called"
+        if "forward" in child.__dict__:
+            return f"the forward that was put on its {name} would not be called"
+    dropout = template.dropout_of(module)
+    return f"attention dropout of {dropout} in training is not served" if dropout > 0 and module.training else None
+
+
+NOTHING_OF_THEIR_OWN = (nn.Dropout, nn.Identity, nn.Softmax)
+"""What a child that is not called may be: a subclass, or what was put around it, may do something more."""
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module would call something else too."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(len(found) > 0 for found in hooks)
+
+
+def _table_of(module: Any) -> Any:
+    return getattr(module, "relative_position_bias_table", None)
+
+
+def why_no_table(module: Any) -> str | None:
+    """Why a module's table cannot be read; None where it can, and where the module has none."""
+    table = _table_of(module)
+    if table is None or isinstance(table, Tensor):
+        return None
+    return f"its relative_position_bias_table is a {qualified_name(type(table))}, and not a tensor"
+
+
 def known_window(module: Any, cls_token: bool) -> tuple[int, int] | None:
     """The window of a module's table if its index buffer is `relative_position_index` of that window."""
     index = module.relative_position_index
@@ -123,17 +185,20 @@ def known_window(module: Any, cls_token: bool) -> tuple[int, int] | None:
         return None
     height, width = module.window_size
     expected = relative_position_index((height, width), cls_token)
-    return (int(height), int(width)) if torch.equal(index.cpu(), expected) else None
+    return (int(height), int(width)) if torch.equal(index.cpu().flatten(), expected.flatten()) else None
 
 
 def dense_bias(module: Any, cls_token: bool) -> Tensor:
-    """The bias [H, N, N] of a module with a table and an index buffer."""
+    """The bias [H, N, N] of a module with a table and an index buffer, [N, N] or flat."""
     table_RH, fusion = module.relative_position_bias_table, module.fusion
-    if fusion.window is not None and fusion.window == tuple(module.window_size):
-        return expand_table(table_RH, fusion.window, cls_token, impl=table_impl(fusion.impl))
+    window = fusion.window
+    same = window is not None and window == tuple(module.window_size)
+    if same and table_RH.shape[0] == num_relative_positions(window, cls_token):
+        return expand_table(table_RH, window, cls_token, impl=table_impl(fusion.impl))
     # Another index, or the window was changed since; autograd sums the gradient as it does for the original.
-    index_NN = module.relative_position_index
-    return table_RH[index_NN.flatten()].unflatten(0, index_NN.shape).permute(2, 0, 1)
+    index = module.relative_position_index
+    num_tokens = math.isqrt(index.numel())
+    return table_RH[index.flatten()].unflatten(0, (num_tokens, num_tokens)).permute(2, 0, 1)
 
 
 def table_impl(impl: str) -> str:

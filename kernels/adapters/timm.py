@@ -1,6 +1,6 @@
 """timm's attention: BEiT with its own and its shared bias, the windows of Swin, and plain vision transformers.
 
-The classes are known by name; timm is never imported here.
+The classes are known by name; timm is never imported here. Arguments have the original's names: x is [B, N, C].
 """
 
 from typing import Any, ClassVar
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..rel_pos_attention import attention, rel_pos_attention
-from .fused import Fused, bias_and_mask, dense_bias, known_window
+from .fused import Fused, bias_and_mask, dense_bias, has_hooks, known_window, why_no_table
 
 # What these methods are written with, and what makes them what they are.
 USED = (
@@ -25,6 +25,7 @@ DENSE = "view window_size window_area permute contiguous unsqueeze"
 class TimmAttention(Fused):
     """What the three have in common."""
 
+    has_heads = True
     num_heads: int
     scale: float
     qkv: nn.Linear
@@ -34,20 +35,30 @@ class TimmAttention(Fused):
     not_called: ClassVar[tuple[str, ...]] = ("attn_drop",)
 
     @staticmethod
-    def head_dim_of(module: Any) -> int:
-        return module.qkv.out_features // (3 * module.num_heads)
+    def head_dim_of(module: Any) -> int | None:
+        """As the module says it, else as its linears do, as far as they are such: LoRA puts a module around them."""
+        if isinstance(getattr(module, "head_dim", None), int):
+            return module.head_dim
+        channels = getattr(module.qkv, "out_features", None)
+        if isinstance(channels, int):
+            return channels // (3 * module.num_heads)
+        channels = getattr(module.proj, "in_features", None)
+        return channels // module.num_heads if isinstance(channels, int) else None
 
     @staticmethod
     def dropout_of(module: Any) -> float:
-        return module.attn_drop.p
+        return getattr(module.attn_drop, "p", 0.0)
 
     @staticmethod
     def why_not(module: Any) -> str | None:
-        expected = TimmAttention.head_dim_of(module) ** -0.5
-        if module.scale != expected:
+        head_dim = TimmAttention.head_dim_of(module)
+        if head_dim is None:
+            return "neither a head_dim nor the sizes of its qkv or proj say how many channels a head has"
+        if not isinstance(module.scale, float) or module.scale != head_dim**-0.5:
             # Of its two paths, the one through scaled_dot_product_attention would ignore it.
-            return f"its scale is {module.scale}, and that of its head size is {expected}"
-        return None
+            scale = module.scale if isinstance(module.scale, int | float) else f"a {type(module.scale).__name__}"
+            return f"its scale is {scale}, and that of its head size is {head_dim**-0.5}"
+        return why_no_table(module)
 
     def split(self, qkv_BNC: Tensor) -> Tensor:
         """[B, N, 3 * H * D] -> [B, N, 3, H, D]"""
@@ -73,15 +84,15 @@ class TimmBeitAttention(TimmAttention):
     def window_of(module: Any) -> tuple[int, int] | None:
         return None if module.relative_position_bias_table is None else known_window(module, cls_token=True)
 
-    def forward(self, x_BNC: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
-        self.check_dropout()
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+        self.check_served()
         bias_C = None if self.q_bias is None else torch.cat((self.q_bias, self.k_bias, self.v_bias))
         if bias_C is None:
-            qkv_BNC = self.qkv(x_BNC)
+            qkv_BNC = self.qkv(x)
         elif self.qkv_bias_separate:
-            qkv_BNC = self.qkv(x_BNC) + bias_C
+            qkv_BNC = self.qkv(x) + bias_C
         else:
-            qkv_BNC = F.linear(x_BNC, self.qkv.weight, bias_C)
+            qkv_BNC = F.linear(x, self.qkv.weight, bias_C)
         bias_HNN = shared_rel_pos_bias
         if self.relative_position_bias_table is not None:
             bias_HNN = dense_bias(self, cls_token=True)
@@ -98,6 +109,10 @@ class TimmBeitSharedBias(Fused):
     source = "timm.models.beit.RelativePositionBias"
     may_use = "relative_position_bias_table relative_position_index view window_area permute contiguous"
     must_use = "relative_position_bias_table relative_position_index"
+
+    @staticmethod
+    def why_not(module: Any) -> str | None:
+        return why_no_table(module)
 
     @staticmethod
     def window_of(module: Any) -> tuple[int, int] | None:
@@ -121,10 +136,10 @@ class TimmWindowAttention(TimmAttention):
     def window_of(module: Any) -> tuple[int, int] | None:
         return known_window(module, cls_token=False)
 
-    def forward(self, x_BNC: Tensor, mask: Tensor | None = None) -> Tensor:
-        self.check_dropout()
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        self.check_served()
         out_BNC = rel_pos_attention(
-            self.split(self.qkv(x_BNC)),
+            self.split(self.qkv(x)),
             dense_bias(self, cls_token=False),
             mask=mask,
             scale=self.scale,
@@ -145,15 +160,15 @@ class TimmVitAttention(TimmAttention):
     k_norm: nn.Module
     norm: nn.Module
 
-    def forward(self, x_BNC: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        self.check_dropout()
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        self.check_served()
         if is_causal:
             self.refuse("is_causal=True is not served")
         gate = getattr(self, "gate", None)
-        qkv_BN3HD = self.split(self.qkv(x_BNC))
+        qkv_BN3HD = self.split(self.qkv(x))
         q_BHND, k_BHND, v_BHND = qkv_BN3HD.permute(2, 0, 3, 1, 4).unbind(0)
         bias_HNN, mask = bias_and_mask(self, attn_mask, q_BHND)
-        if isinstance(self.q_norm, nn.Identity) and isinstance(self.k_norm, nn.Identity):
+        if all(type(norm) is nn.Identity and not has_hooks(norm) for norm in (self.q_norm, self.k_norm)):
             out_BNC = rel_pos_attention(qkv_BN3HD, bias_HNN, mask=mask, scale=self.scale, impl=self.fusion.impl)
         else:
             # Under autocast a norm gives fp32, which the products round again.
@@ -163,7 +178,7 @@ class TimmVitAttention(TimmAttention):
             out_BNC = out_BHND.transpose(1, 2).flatten(2)
         out_BNC = self.norm(out_BNC)
         if gate is not None:
-            out_BNC = out_BNC * gate(x_BNC).sigmoid()
+            out_BNC = out_BNC * gate(x).sigmoid()
         return self.proj_drop(self.proj(out_BNC))
 
 
