@@ -3,6 +3,7 @@
 B pictures, S their side in pixels, P patches, M masked ones, V visual tokens.
 """
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -125,8 +126,16 @@ class Case:
 
 
 @functools.lru_cache(maxsize=1)
-def frozen_tokenizer(shape: TokenizerShape) -> DiscreteVAE:
+def tokenizer_weights(shape: TokenizerShape) -> DiscreteVAE:
     return build_tokenizer(shape, DEVICE)
+
+
+@functools.lru_cache(maxsize=2)
+def frozen_tokenizer(shape: TokenizerShape, impl: str) -> DiscreteVAE:
+    """A tokenizer that searches its codes by `impl`; those of one shape share their weights."""
+    tokenizer = copy.copy(tokenizer_weights(shape))
+    tokenizer.impl = impl
+    return tokenizer
 
 
 @functools.lru_cache(maxsize=1)
@@ -140,7 +149,7 @@ def make_token_ids(shape: Shape, impl: str = "auto") -> Tensor:
     """int64 [B, P]: the tokenizer's pass, in the precision of the run, as `evaluation.tokens_of` has it."""
     assert shape.tokenizer is not None
     with torch.autocast(DEVICE.type, BF16, enabled=shape.tokens_in_bf16):
-        return frozen_tokenizer(shape.tokenizer).encode(token_views(shape), impl=impl)
+        return frozen_tokenizer(shape.tokenizer, impl).encode(token_views(shape))
 
 
 @functools.lru_cache(maxsize=1)

@@ -56,7 +56,7 @@ def tokenizer_in_the_loop(case: Case, impl: str = "auto") -> Step:
 def check_tokens(case: Case, impl: str) -> None:
     """Hold the tokenizer's codes to those of plain torch."""
     assert case.shape.tokenizer is not None
-    tokenizer, few = frozen_tokenizer(case.shape.tokenizer), token_views(case.shape)[:PICTURES_AT_ONCE]
+    tokenizer, few = frozen_tokenizer(case.shape.tokenizer, impl), token_views(case.shape)[:PICTURES_AT_ONCE]
     exact = scores_of(copy.deepcopy(tokenizer).double(), few)
     with case.autocast():
         eager = scores_of(tokenizer, few)
@@ -75,7 +75,7 @@ def tokenizer_beside(case: Case, impl: str = "auto") -> Step:
     model = ours(case, impl)
     check_tokens(case, impl)
     engine = ZeroEngine(model, case.run_settings(impl), runtime(), bf16=case.dtype == BF16)
-    ahead = feed(same_batch(case), engine, frozen_tokenizer(case.shape.tokenizer), "tokens")
+    ahead = feed(same_batch(case), engine, frozen_tokenizer(case.shape.tokenizer, impl), "tokens")
     enter = Timeline().enter
 
     def forward() -> Tensor:

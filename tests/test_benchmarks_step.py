@@ -113,9 +113,9 @@ def test_without_a_gpu_a_step_by_triton_is_for_rehearsals_alone(case, references
 
 def test_where_ours_is_by_triton_so_is_the_choice_of_its_tokens(case, monkeypatch):
     asked = []
-    tokenizer = train_step.frozen_tokenizer(case.shape.tokenizer)
+    tokenizer = train_step.frozen_tokenizer(case.shape.tokenizer, "triton")
     encode = tokenizer.encode
-    monkeypatch.setattr(tokenizer, "encode", lambda views, impl: asked.append(impl) or encode(views))
+    monkeypatch.setattr(tokenizer, "encode", lambda views: asked.append(tokenizer.impl) or encode(views))
     step = cases.PROVIDERS[names.by_triton(names.IN_THE_LOOP)](replace(case, rehearsal=True))
     assert step.case.token_ids.tolist() == case.token_ids.tolist()
     assert asked == ["triton", "triton"]  # when its codes are checked, and in a step
@@ -163,9 +163,9 @@ def test_a_tokenizer_in_the_loop_or_beside_it_makes_tokens_in_every_step(case, r
     step = varied(case)
     references.check("in the loop", step.outputs())
     calls = []
-    tokenizer = train_step.frozen_tokenizer(case.shape.tokenizer)
+    tokenizer = train_step.frozen_tokenizer(case.shape.tokenizer, "auto")
     encode = tokenizer.encode
-    monkeypatch.setattr(tokenizer, "encode", lambda views, **impl: calls.append(views.shape) or encode(views))
+    monkeypatch.setattr(tokenizer, "encode", lambda views: calls.append(views.shape) or encode(views))
     for _ in range(3):
         step()
     assert calls == [(2, 3, 16, 16)] * 3
@@ -189,10 +189,10 @@ def test_tokens_beside_a_step_are_begun_before_its_backward_pass_as_in_the_engin
 
 def test_tokens_are_made_in_the_precision_of_the_run_and_are_the_same_for_its_float64_reference(monkeypatch):
     shape = cases.tokenized(cases.SMOKE["bf16"], cases.SMOKE_TOKENIZER).shape
-    tokenizer = train_step.frozen_tokenizer(shape.tokenizer)
+    tokenizer = train_step.frozen_tokenizer(shape.tokenizer, "auto")
     encode, in_bf16 = tokenizer.encode, []
     monkeypatch.setattr(
-        tokenizer, "encode", lambda views, impl: in_bf16.append(torch.is_autocast_enabled("cpu")) or encode(views)
+        tokenizer, "encode", lambda views: in_bf16.append(torch.is_autocast_enabled("cpu")) or encode(views)
     )
     kept = train_step.Case("float64", shape, torch.float64).token_ids
     made = variations.InTheLoop("bf16", shape, torch.bfloat16).token_ids
@@ -203,9 +203,9 @@ def test_tokens_are_made_in_the_precision_of_the_run_and_are_the_same_for_its_fl
 
 @pytest.mark.parametrize("varied", [variations.tokenizer_in_the_loop, variations.tokenizer_beside])
 def test_a_tokenizer_with_worse_codes_is_refused(case, monkeypatch, varied):
-    tokenizer = train_step.frozen_tokenizer(case.shape.tokenizer)
+    tokenizer = train_step.frozen_tokenizer(case.shape.tokenizer, "auto")
     right = tokenizer.encode
-    monkeypatch.setattr(tokenizer, "encode", lambda views, impl: (right(views) + 1) % 64)
+    monkeypatch.setattr(tokenizer, "encode", lambda views: (right(views) + 1) % 64)
     with pytest.raises(AssertionError, match="worse than the best"):
         varied(case)
 
