@@ -4,7 +4,7 @@ H heads, N tokens, P patches, R rows of the table; (Wh, Ww) the window, in patch
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.fx
@@ -310,7 +310,7 @@ class RelativePositionBias(nn.Module):
         """
         table: Any = self.relative_position_bias_table
         if isinstance(table, torch.fx.Proxy):
-            return _share_table(table, dtype, self.window, self.cls_token, self.impl)
+            return _share_table(cast(Any, table), dtype, self.window, self.cls_token, self.impl)
         return _share(table, dtype, self)  # called as a module, so that hooks on it, as of ZeRO-3, bring the table
 
     def extra_repr(self) -> str:
