@@ -197,10 +197,10 @@ def either(names: Sequence[str]) -> str:
 
 
 def describe(one: Way) -> str:
-    """`ZeRO stage 1 with passes of 32 pictures` and the like."""
-    pictures = "1 picture" if one.micro_batch == 1 else f"{one.micro_batch} pictures"
+    """`ZeRO stage 1 with passes of 32 images` and the like."""
+    images = "1 image" if one.micro_batch == 1 else f"{one.micro_batch} images"
     also = [name for name, used in (("offload", one.offload), (recomputing(one), one.recompute != "none")) if used]
-    return f"ZeRO stage {one.stage}{''.join(f' and {name}' for name in also)} with passes of {pictures}"
+    return f"ZeRO stage {one.stage}{''.join(f' and {name}' for name in also)} with passes of {images}"
 
 
 def recomputing(one: Way) -> str:
