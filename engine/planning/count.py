@@ -82,8 +82,8 @@ class _Noted(NamedTuple):
     module: str
     backward: bool
     half: bool
-    dims: int
-    """Of the result."""
+    weight: bool
+    """Whether the result has the shape of a weight or a bias."""
     flops: float
     reads: dict[int, float]
     writes: dict[int, float]
@@ -146,6 +146,7 @@ class _Notes(TorchDispatchMode):
         self._storages: list[Any] = []
         """Kept, so that no two have one address."""
         self._last = ""
+        self._weights = {weight.flatten(1).shape for weight in model.parameters() if weight.dim() > 1}
         for name, module in model.named_modules():
             module.register_forward_pre_hook(lambda *_, name=name: self._enter(name))
             module.register_forward_hook(lambda *_: self._leave(), always_call=True)
@@ -198,8 +199,8 @@ class _Notes(TorchDispatchMode):
         flops = float(FLOPS[packet](args, out)) if packet in FLOPS else 0.0
         half = any(isinstance(leaf, Tensor) and leaf.dtype == torch.bfloat16 for leaf in tree_leaves(args))
         own = func.namespace == "fused_beit"
-        dims = out.dim() if isinstance(out, Tensor) else 0
-        noted = _Noted(name, own, self._last, self.backward, half, dims, flops, reads, writes)
+        weight = isinstance(out, Tensor) and (out.dim() == 1 or out.shape in self._weights)
+        noted = _Noted(name, own, self._last, self.backward, half, weight, flops, reads, writes)
         self.found.append(noted)
         if packet in BESIDES and (moved := BESIDES[packet](args, out)):
             self.found.append(noted._replace(name="", own=False, flops=0.0, reads={0: moved}, writes={}))
@@ -242,7 +243,7 @@ def _part(noted: _Noted) -> str:
         return "GELU"
     if leaf in LINEARS and name == "sum":
         return "gradients of the linears' biases"
-    if leaf in LINEARS and name == "_to_copy" and noted.dims <= 2:
+    if leaf in LINEARS and name == "_to_copy" and noted.weight:
         return "gradients to fp32" if noted.backward else "weights to bf16"
     if ".attn" in module or "rel_pos_bias" in module:
         return "attention"

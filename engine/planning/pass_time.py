@@ -37,6 +37,9 @@ OUR_ATTENTION = (0.175, 0.175)
 tokens, which is what its machine code lets expect."""
 LAUNCH_S = 2e-6
 """Seconds of a kernel in which the GPU is not full: its start and its end."""
+OPTIMIZER_BYTES = 36
+"""Bytes a parameter: the norm reads the gradient; AdamW reads weight, gradient and two moments and writes all four, the
+gradient scaled."""
 OWN_STARTS = 10
 """How many of torch's operators take the host as long as one of this project's, called through Python.
 
@@ -143,11 +146,8 @@ def host_seconds(operators: Iterable[Operators], dispatch_us: float) -> float:
 
 
 def optimizer_seconds(parameters: float, gpu: Gpu) -> float:
-    """Of the device, to update so many parameters: 36 bytes each.
-
-    The norm reads gradients. AdamW reads weight, gradient and two moments and writes all four, the gradient scaled.
-    """
-    return 36 * parameters / (1e9 * gpu.bandwidth_gb_s * BANDWIDTH)
+    """Of the device, to update so many parameters."""
+    return OPTIMIZER_BYTES * parameters / (1e9 * gpu.bandwidth_gb_s * BANDWIDTH)
 
 
 def implementation(settings: PlanSettings) -> str:
