@@ -18,7 +18,7 @@ from fused_beit.engine.planning.plot import draw
 from fused_beit.engine.planning.settings import PlanSettings, check, resolve_gpu
 from fused_beit.engine.planning.step_time import host_traffic, link, traffic
 from fused_beit.engine.planning.sweep import alone, counts, efficiency, sweep
-from fused_beit.engine.planning.text import assumptions, run_steps
+from fused_beit.engine.planning.text import assumptions, run_steps, step
 from fused_beit.engine.tokenizer.dvae import DiscreteVAE
 from fused_beit.engine.tokenizer.files import load_tokenizer
 from fused_beit.engine.tokenizer.flops import DALLE, encoder_parameters, encoding_flops, size_of
@@ -206,6 +206,50 @@ def test_a_pass_takes_no_less_than_its_operations_take_to_start():
     shape = PassShape(settings.model, 32, settings.mask.num_patches, settings.tokenizer.vocab_size, "auto", bf16=True)
     assert one.time.model == pytest.approx(100e-6 * sum(found.starts for found in pass_operators(shape, 64)))
     assert one.time.model > one.time.model_on_device
+
+
+H100 = [*BASE, "--gpu", "h100", "--train.global_batch", "128"]
+
+
+def test_a_step_is_predicted_by_implementation():
+    """At a batch where the GPU binds; with compiled blocks, and of the tokens too, by Triton all is faster."""
+    auto, compiled, triton = (chosen(*H100, *how).time for how in ([], ["--train.compile"], ["--train.impl", "triton"]))
+    assert triton.model < compiled.model < auto.model
+    assert triton.tokenizer < auto.tokenizer
+    assert triton.model == triton.model_on_device
+
+
+def test_a_measured_mfu_replaces_the_prediction():
+    assert chosen(*H100, "--mfu", "0.4").time == chosen(*H100, "--mfu", "0.4", "--train.impl", "triton").time
+
+
+def test_a_plan_says_what_was_assumed_and_what_the_other_implementation_would_take():
+    for asked, other in (("auto", "triton"), ("triton", "auto")):
+        settings = planned(*H100, "--train.impl", asked)
+        gpu = resolve_gpu(settings)
+        said = step(settings, gpu, DALLE, choose(settings, gpu, DALLE, 1))
+        would = chosen(*H100, "--train.impl", other).time.total
+        assert said["otherwise"].startswith(f"{1e3 * would:.3g} ms with --train.impl {other};")
+        assert "not been timed" in said["otherwise"] or "neither was timed" in said["otherwise"]
+        assert f"(--train.impl {asked})" in assumptions(settings, gpu)["counted"]
+
+
+def test_the_mfu_that_is_said_is_the_models_flops_over_the_time():
+    settings = planned(*H100)
+    gpu = resolve_gpu(settings)
+    one = choose(settings, gpu, DALLE, 1)
+    flops = 128 * pretraining_flops(settings.model, 224, 75, 8192)
+    own, whole = (flops / (989e12 * seconds) for seconds in (one.time.model, one.time.total))
+    assert step(settings, gpu, DALLE, one)["mfu"].startswith(f"{own:.1%} of 989 TFLOP/s")
+    assert f"{whole:.1%} of the whole step" in step(settings, gpu, DALLE, one)["mfu"]
+
+
+def test_a_shape_that_triton_does_not_take_is_told_in_a_sentence():
+    said = error_of(*H100, "--train.impl", "triton", "--model.width", "780", "--model.num_heads", "12")
+    assert "heads of a multiple of 8 channels" in said and "65" in said
+    settings = planned(*H100, "--model.width", "780")
+    gpu = resolve_gpu(settings)
+    assert "otherwise" not in step(settings, gpu, DALLE, choose(settings, gpu, DALLE, 1))
 
 
 # The choice.

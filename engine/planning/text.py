@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from fused_beit.kernels import Impl, ImplUnavailable
+from fused_beit.kernels import Impl
 
 from ..command_line import options_of
 from ..config import Settings
+from ..errors import UserError
 from ..hardware import GPUS, Gpu
 from ..launching import launch_command
 from ..models.flops import parameter_count, pretraining_flops
@@ -239,7 +240,7 @@ def with_other_impl(settings: PlanSettings, gpu: Gpu, tokenizer: TokenizerSize, 
             gpus=chosen.gpus, stage=chosen.stage, offload=chosen.offload and settings.zero.config is None,
             recompute=chosen.recompute, micro_batch=chosen.micro_batch,
         )  # fmt: skip
-    except ImplUnavailable:
+    except UserError:
         return None
 
 
