@@ -65,7 +65,7 @@ def test_pictures_are_counted_or_given(tmp_path, monkeypatch, capsys):
     said, code = printed(["--preset", "beit_small", "--pictures", "5000"], tmp_path, monkeypatch, capsys)
     assert code == 0
     assert re.search(r"pictures +5,000: as given", said)
-    assert re.search(r"steps +5,700 of 256 pictures", said)  # 300 epochs of 19
+    assert re.search(r"steps +5,700 of 256 images", said)  # 300 epochs of 19
     said, code = printed(["--preset", "beit_small", "--pictures", "200"], tmp_path, monkeypatch, capsys)
     assert code == 2
     assert "200 pictures" in said and "train.global_batch = 256" in said

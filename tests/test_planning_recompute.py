@@ -62,11 +62,11 @@ def test_activations_are_computed_again_where_nothing_else_fits():
         least = way(settings, one.gpu, DALLE, recompute="none", **how)
         assert not least.fits(0.1)
     assert one.time.recomputed > 0
-    assert one.time.model_arithmetic - one.time.recomputed == pytest.approx(
+    assert one.time.model_on_device - one.time.recomputed == pytest.approx(
         way(
             settings, one.gpu, DALLE,
             gpus=8, stage=one.stage, offload=False, recompute="none", micro_batch=one.micro_batch,
-        ).time.model_arithmetic
+        ).time.model_on_device
     )  # fmt: skip
 
 

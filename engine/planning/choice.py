@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from fused_beit.kernels import ImplUnavailable
+
 from ..config import Recompute
 from ..errors import UserError
 from ..hardware import GPUS, Gpu
@@ -69,7 +71,7 @@ def way(
     """What a step takes, run one way.
 
     Raises:
-        UserError: where the batch cannot be divided so.
+        UserError: where the batch cannot be divided so, or `train.impl` does not take the model's shape.
     """
     asked = settings.model_copy(
         update={
@@ -92,10 +94,13 @@ def way(
         token_side=settings.grid * tokenizer.stride,
         prefetch=prefetched(settings.train.prefetch, "cuda"),
     )
-    time = step_time(
-        asked, gpu, tokenizer, bf16=bf16, stage=stage, offload=on_host, world_size=gpus,
-        micro_batch=micro_batch, accumulation=accumulation,
-    )  # fmt: skip
+    try:
+        time = step_time(
+            asked, gpu, tokenizer, bf16=bf16, stage=stage, offload=on_host, world_size=gpus,
+            micro_batch=micro_batch, accumulation=accumulation,
+        )  # fmt: skip
+    except ImplUnavailable as error:
+        raise UserError(f"train.impl = {settings.train.impl}: {error}.") from None
     memory = rank_memory(asked, run, config, world_size=gpus)
     return Way(gpu, gpus, stage, on_host, recompute, micro_batch, accumulation, memory, time)
 
@@ -198,10 +203,10 @@ def either(names: Sequence[str]) -> str:
 
 
 def describe(one: Way) -> str:
-    """`ZeRO stage 1 with passes of 32 pictures` and the like."""
-    pictures = "1 picture" if one.micro_batch == 1 else f"{one.micro_batch} pictures"
+    """`ZeRO stage 1 with passes of 32 images` and the like."""
+    images = "1 image" if one.micro_batch == 1 else f"{one.micro_batch} images"
     also = [name for name, used in (("offload", one.offload), (recomputing(one), one.recompute != "none")) if used]
-    return f"ZeRO stage {one.stage}{''.join(f' and {name}' for name in also)} with passes of {pictures}"
+    return f"ZeRO stage {one.stage}{''.join(f' and {name}' for name in also)} with passes of {images}"
 
 
 def recomputing(one: Way) -> str:

@@ -1,19 +1,16 @@
-"""How long a step takes: arithmetic at an assumed share of the published rate, traffic at the published bandwidth.
+"""How long an optimizer step takes: its passes, the update, and what it waits for traffic at the published bandwidth.
 
 n parameters, R ranks, A passes of an optimizer step.
 """
 
 from dataclasses import dataclass
 
-from ..config import ModelSettings, Recompute
 from ..hardware import Gpu
-from ..models.flops import parameter_count, pretraining_flops, recomputed_flops
-from ..tokenizer.flops import TokenizerSize, encoding_flops, num_convolutions
+from ..models.flops import parameter_count
+from ..tokenizer.flops import TokenizerSize
 from ..training.zero_memory import FP32
+from .pass_time import model_pass, optimizer_seconds, tokens_pass
 from .settings import PlanSettings
-
-BACKWARD_SHARE = 2 / 3
-"""Of the arithmetic of a pass that repeats nothing: two products for each of the forward's."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +31,13 @@ class Traffic:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of an optimizer step, by part; what is hidden behind arithmetic is not in `waits`."""
+    """Seconds of an optimizer step, by part; what is hidden behind the passes is not in `waits`."""
 
     model: float
-    model_arithmetic: float
-    """What `model` would be if the host gave the operations in no time."""
+    model_on_device: float
+    """What `model` would be if the host started the operators in no time."""
     recomputed: float
-    """Of `model_arithmetic`, what the backward passes repeat under `train.recompute`."""
+    """Of `model_on_device`, what the backward passes repeat under `train.recompute`."""
     tokenizer: float
     optimizer: float
     """With offload, what passes between a GPU and its host in place of the update."""
@@ -113,24 +110,6 @@ def link(gpu: Gpu, world_size: int) -> float:
     return 1e9 * min(gpu.node_link_gb_s, gpu.network_gb_s * gpu.gpus_per_node)
 
 
-def pass_operations(model: ModelSettings, *, bf16: bool, recompute: Recompute = "none") -> int:
-    """Operations that the host gives the device one by one in a forward and backward pass.
-
-    Counted in a real pass of the reference in torch 2.13, views excepted; tests/test_planning.py counts them again.
-    LayerScale with DropPath adds some, and so do the casts of autocast and what is computed again.
-    """
-    scaled = 1 if model.layer_scale else 0
-    again = {"none": 0, "mlp": 2 + 4 * bf16, "block": 19 + 2 * scaled + 12 * bf16}[recompute]
-    in_last = 20 if recompute == "block" else 0  # its tokens are chosen, and their norm made, again
-    return model.depth * (47 + 16 * scaled + 26 * bf16 + again) + 97 + 56 * scaled + 16 * bf16 + in_last
-
-
-def encoding_operations(tokenizer: TokenizerSize, *, bf16: bool) -> int:
-    """The same for a batch's tokens. Autocast casts the weight and the bias of each convolution in every pass."""
-    casts = 2 + 2 * num_convolutions(tokenizer) if bf16 else 0
-    return 11 + tokenizer.groups * (12 + 10 * (tokenizer.blocks_per_group - 1)) + casts
-
-
 def step_time(
     settings: PlanSettings,
     gpu: Gpu,
@@ -145,52 +124,35 @@ def step_time(
 ) -> StepTime:
     """Seconds of an optimizer step.
 
-    A pass takes as long as its arithmetic, or as the host takes to start its operations, whichever is longer.
-    Arithmetic is FLOPs / (rate x mfu): of model and tokenizer in bf16; or, without it, of the model in fp32, of the
-    tokenizer's convolutions in tf32 and of its product with the codes in fp32. What `train.recompute` repeats counts.
-    AdamW reads weight, gradient and two moments and writes all but the gradient, 28 bytes a parameter that a rank
-    updates, at the memory's bandwidth. With offload its time is that of `host_traffic`, none of which is taken to be
-    hidden; the host's own time for the update is not counted.
+    A pass takes as long as the device needs for it, or as the host takes to start its operators, whichever is longer:
+    see `pass_time`. The update is that of the parameters that a rank updates; with offload its time is that of
+    `host_traffic`, none of which is taken to be hidden; the host's own time for the update is not counted.
 
-    Traffic of a backward pass is hidden behind its arithmetic, that of a forward pass behind its own; stage 1 has the
-    last backward alone to hide behind.
+    Traffic of a backward pass is hidden behind it, that of a forward pass behind that; stage 1 has the last backward
+    alone to hide behind.
     """
     parameters = parameter_count(settings.model, settings.data.image_size, tokenizer.vocab_size)
-    flops = pretraining_flops(settings.model, settings.data.image_size, settings.mask.num_patches, tokenizer.vocab_size)
-    recompute = settings.train.recompute
-    again = recomputed_flops(
-        settings.model, settings.data.image_size, settings.mask.num_patches, recompute, zero_stage=stage
-    )
-    rate = 1e12 * settings.mfu * (gpu.bf16_tflops if bf16 else gpu.fp32_tflops)
-    arithmetic = micro_batch * (flops + again) / rate
-    operations = pass_operations(settings.model, bf16=bf16, recompute=recompute)
-    model_pass = max(arithmetic, 1e-6 * settings.dispatch_us * operations)
-    inner, codes = encoding_flops(tokenizer, settings.grid * tokenizer.stride)
-    inner_rate, codes_rate = (gpu.bf16_tflops,) * 2 if bf16 else (gpu.tf32_tflops, gpu.fp32_tflops)
-    tokenizer_pass = micro_batch * (inner / inner_rate + codes / codes_rate) / (1e12 * settings.mfu)
-    tokenizer_pass = max(tokenizer_pass, 1e-6 * settings.dispatch_us * encoding_operations(tokenizer, bf16=bf16))
-
-    updated = parameters / (1 if stage == 0 else world_size)
-    optimizer = 28 * updated / (1e9 * gpu.bandwidth_gb_s)
+    model = model_pass(settings, gpu, tokenizer.vocab_size, bf16=bf16, zero_stage=stage, micro_batch=micro_batch)
+    tokens = tokens_pass(settings, gpu, tokenizer, bf16=bf16, micro_batch=micro_batch)
+    optimizer = optimizer_seconds(parameters / (1 if stage == 0 else world_size), gpu)
     if offload:
         moved = host_traffic(parameters, stage=stage, world_size=world_size, accumulation=accumulation)
         optimizer = moved / (1e9 * gpu.host_link_gb_s)
 
     sent = traffic(parameters, stage=stage, world_size=world_size, accumulation=accumulation)
     bandwidth = link(gpu, world_size)
-    forward_share = (1 - BACKWARD_SHARE) * flops / (flops + again)
-    backward = model_pass * (1 - forward_share) * (1 if stage == 1 else accumulation)
-    forward = model_pass * forward_share * accumulation
+    forward = model.total * model.forward / model.device
+    backward = (model.total - forward) * (1 if stage == 1 else accumulation)
     waits = (
         max(0.0, sent.backward / bandwidth - backward)
-        + max(0.0, sent.forward / bandwidth - forward)
+        + max(0.0, sent.forward / bandwidth - accumulation * forward)
         + sent.alone / bandwidth
     )
     return StepTime(
-        model=accumulation * model_pass,
-        model_arithmetic=accumulation * arithmetic,
-        recomputed=accumulation * micro_batch * again / rate,
-        tokenizer=accumulation * tokenizer_pass,
+        model=accumulation * model.total,
+        model_on_device=accumulation * model.device,
+        recomputed=accumulation * model.recomputed,
+        tokenizer=accumulation * tokens.total,
         optimizer=optimizer,
         traffic=sent.total / bandwidth,
         waits=waits,

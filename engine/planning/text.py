@@ -2,15 +2,21 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
+
+from fused_beit.kernels import Impl
 
 from ..command_line import options_of
 from ..config import Settings
+from ..errors import UserError
 from ..hardware import GPUS, Gpu
 from ..launching import launch_command
 from ..models.flops import parameter_count, pretraining_flops
 from ..tokenizer.flops import DALLE, TokenizerSize, encoding_flops
 from ..training.header import RECOMPUTED, human_bytes, when_compiled
 from .choice import Way, recomputing, room, uses_bf16, way
+from .count import counted_impl
+from .pass_time import BANDWIDTH, CONVOLUTIONS, LAUNCH_S, OWN_STARTS, PRODUCTS, attention_rate, implementation
 from .settings import PlanSettings
 from .step_time import StepTime, link, traffic
 from .sweep import BOUND, Row, alone, binds, efficiency
@@ -73,7 +79,7 @@ def subject(
         "machine": f"{settings.gpus} x {gpu.key} ({gpu.memory_gb:g} GB), {machines}",
         "pictures": f"{pictures:,}: {pictures_are}",
         "parameters": f"{parameters:,}",
-        "FLOPs a picture": f"{flops / 1e9:.4g} G, and {coding / 1e9:.4g} G for its tokens",
+        "FLOPs an image": f"{flops / 1e9:.4g} G, and {coding / 1e9:.4g} G for its tokens",
         "precision": "fp32 weights, bf16 autocast" if uses_bf16(settings) else "fp32",
     }
 
@@ -85,19 +91,38 @@ def assumptions(settings: PlanSettings, gpu: Gpu) -> dict[str, str]:
     source = "as described on the command line" if gpu.key == "custom" else "as published"
     if given:
         source += ", but for " + ", ".join(f"hardware.{name} {vars(gpu)[name]:g}" for name in given)
-    if uses_bf16(settings):
-        peak, codes = gpu.bf16_tflops, f"{gpu.bf16_tflops:g} TFLOP/s"
-    else:
-        peak, codes = gpu.fp32_tflops, f"{gpu.tf32_tflops:g} TFLOP/s, its codes of {gpu.fp32_tflops:g} TFLOP/s"
     return {
-        "arithmetic": f"{settings.mfu:.0%} of {peak:g} TFLOP/s (--mfu)",
-        "tokenizer": f"{settings.mfu:.0%} of {codes}",
-        "operations": f"started by the host in {settings.dispatch_us:g} us each (--dispatch_us)",
+        **speed(settings, gpu),
+        "host": f"{settings.dispatch_us:g} us to start an operator of torch (--dispatch_us), {OWN_STARTS} times that "
+        f"for one by Triton",
         "links": f"{gpu.node_link_gb_s:g} GB/s in a machine, {gpu.network_gb_s:g} GB/s between machines, all of it",
         "offload": f"{gpu.host_link_gb_s:g} GB/s to the host, none of it hidden; AdamW's own time there is not counted",
         "memory": f"{settings.hardware.reserve:.0%} of it left to driver and libraries (--hardware.reserve)",
         "hardware": source,
     }
+
+
+def speed(settings: PlanSettings, gpu: Gpu) -> dict[str, str]:
+    """What of a GPU's published speed is taken to be reached."""
+    bf16 = uses_bf16(settings)
+    rate, inner = (gpu.bf16_tflops,) * 2 if bf16 else (gpu.fp32_tflops, gpu.tf32_tflops)
+    if settings.mfu is not None:
+        codes = "" if bf16 else f", of the tokenizer's convolutions {inner:g} TFLOP/s"
+        return {"products": f"{settings.mfu:.0%} of {rate:g} TFLOP/s{codes} (--mfu), all else included"}
+    impl = counted_impl(settings.train.impl)
+    lines = {
+        "counted": implementation(settings),
+        "products": f"{PRODUCTS:.0%} of {rate:g} TFLOP/s; convolutions {CONVOLUTIONS:.0%} of {inner:g}",
+    }
+    if bf16 and impl != Impl.REFERENCE:
+        forward, backward = (
+            1e-12 * attention_rate(gpu, own=impl == Impl.TRITON, backward=backward) for backward in (False, True)
+        )
+        lines["attention"] = f"{forward:.3g} TFLOP/s forward, {backward:.3g} backward"
+    lines["all else"] = (
+        f"{BANDWIDTH:.0%} of {gpu.bandwidth_gb_s:g} GB/s; {1e6 * LAUNCH_S:g} us to start and end a kernel"
+    )
+    return lines
 
 
 def count(number: int, thing: str) -> str:
@@ -110,7 +135,7 @@ def choice(settings: PlanSettings, chosen: Way) -> dict[str, str]:
     return {
         "ZeRO stage": f"{chosen.stage}{' with offload' if chosen.offload else ''}",
         "batch": f"{chosen.global_batch} = {count(chosen.gpus, 'GPU')} x {count(chosen.accumulation, 'pass')} of "
-        f"{count(chosen.micro_batch, 'picture')}",
+        f"{count(chosen.micro_batch, 'image')}",
         "recomputed": recomputed(chosen),
     }
 
@@ -119,8 +144,8 @@ def recomputed(chosen: Way) -> str:
     """What is computed twice, the option for it and its cost."""
     if chosen.recompute == "none":
         return RECOMPUTED["none"]
-    cost = chosen.time.recomputed / (chosen.time.model_arithmetic - chosen.time.recomputed)
-    return f"{RECOMPUTED[chosen.recompute]} ({recomputing(chosen)}): {cost:.0%} more arithmetic of the model"
+    cost = chosen.time.recomputed / (chosen.time.model_on_device - chosen.time.recomputed)
+    return f"{RECOMPUTED[chosen.recompute]} ({recomputing(chosen)}): {cost:.0%} more time of the model"
 
 
 def memory_lines(settings: PlanSettings, chosen: Way) -> list[str]:
@@ -177,21 +202,53 @@ def step(settings: PlanSettings, gpu: Gpu, tokenizer: TokenizerSize, chosen: Way
         bandwidth = link(gpu, chosen.gpus) / 1e9
         lines["network"] = (
             f"{share(time.waits, time.total)} waited; {short(time.traffic)} of traffic at "
-            f"{bandwidth:g} GB/s, the rest hidden behind arithmetic"
+            f"{bandwidth:g} GB/s, the rest hidden behind the passes"
         )
-    lines["in all"] = f"{short(time.total)}, {chosen.pictures_per_s:,.0f} pictures/s"
+    lines["in all"] = f"{short(time.total)}, {chosen.pictures_per_s:,.0f} images/s"
+    lines["mfu"] = mfu(settings, gpu, tokenizer, chosen)
+    if settings.mfu is None and (other := with_other_impl(settings, gpu, tokenizer, chosen)):
+        impl, would = other
+        lines["otherwise"] = f"{short(would.time.total)} with --train.impl {impl}; " + (
+            "Triton's kernels have not been timed on a GPU yet"
+            if impl == "triton"
+            else "neither was timed on a GPU yet"
+        )
     lines["data"] = (
-        f"the workers of a rank must decode {chosen.pictures_per_s / chosen.gpus:,.0f} pictures/s "
+        f"the workers of a rank must decode {chosen.pictures_per_s / chosen.gpus:,.0f} images/s "
         f"(data.workers {settings.data.workers}); not counted here"
     )
     return lines
 
 
+def mfu(settings: PlanSettings, gpu: Gpu, tokenizer: TokenizerSize, chosen: Way) -> str:
+    """FLOPs of the model as a share of the published rate, which leaves out what is computed again."""
+    image_size, num_masked = settings.data.image_size, settings.mask.num_patches
+    flops = chosen.global_batch / chosen.gpus
+    flops *= pretraining_flops(settings.model, image_size, num_masked, tokenizer.vocab_size)
+    rate = gpu.bf16_tflops if uses_bf16(settings) else gpu.fp32_tflops
+    own, whole = (flops / (1e12 * rate * seconds) for seconds in (chosen.time.model, chosen.time.total))
+    return f"{own:.1%} of {rate:g} TFLOP/s in the model's passes, {whole:.1%} of the whole step"
+
+
+def with_other_impl(settings: PlanSettings, gpu: Gpu, tokenizer: TokenizerSize, chosen: Way) -> tuple[str, Way] | None:
+    """The step by Triton, or where that is planned by `auto`; None where the model's shape is not for it."""
+    impl: Literal["auto", "triton"] = "auto" if settings.train.impl == "triton" else "triton"
+    asked = settings.model_copy(update={"train": settings.train.model_copy(update={"impl": impl})})
+    try:
+        return impl, way(
+            asked, gpu, tokenizer,
+            gpus=chosen.gpus, stage=chosen.stage, offload=chosen.offload and settings.zero.config is None,
+            recompute=chosen.recompute, micro_batch=chosen.micro_batch,
+        )  # fmt: skip
+    except UserError:
+        return None
+
+
 def host_binds(time: StepTime) -> str:
-    """A remark where the arithmetic is not what takes the time."""
-    if time.model <= time.model_arithmetic:
+    """A remark where the device is not what takes the time."""
+    if time.model <= time.model_on_device:
         return ""
-    return f": the host starts operations; their arithmetic takes {short(time.model_arithmetic)}"
+    return f": bound by the host, which starts the operators; the GPU needs {short(time.model_on_device)}"
 
 
 def share(seconds: float, total: float) -> str:
@@ -208,7 +265,7 @@ def run(settings: PlanSettings, chosen: Way, pictures: int) -> dict[str, str]:
     steps = run_steps(settings, pictures)
     hours = steps * chosen.time.total / 3600
     lines = {
-        "steps": f"{steps:,} of {chosen.global_batch} pictures",
+        "steps": f"{steps:,} of {chosen.global_batch} images",
         "time": f"{duration(hours)}, {hours * chosen.gpus:,.4g} GPU hours; evaluation and checkpoints not counted",
         "energy": f"{chosen.gpus * chosen.gpu.watts * hours / 1000:,.4g} kWh at {chosen.gpu.watts:g} W a GPU; "
         f"hosts and cooling not counted",
@@ -259,7 +316,7 @@ def command(settings: PlanSettings, gpu: Gpu, tokenizer: TokenizerSize) -> str:
 
 def sweep_text(rows: Sequence[Row], picture: Path) -> str:
     """Strong and weak scaling as a table."""
-    head = ["GPUs", "pictures/s", "of ideal", "stage", "passes", "pictures/s", "of ideal", "batch", ""]
+    head = ["GPUs", "images/s", "of ideal", "stage", "passes", "images/s", "of ideal", "batch", ""]
     cells = []
     for row in rows:
         speed, of_ideal, stage, passes, _ = scaling(row.strong)
@@ -272,7 +329,7 @@ def sweep_text(rows: Sequence[Row], picture: Path) -> str:
 
 
 def scaling(one: Way | None) -> list[str]:
-    """Pictures a second, efficiency, stage, passes and batch."""
+    """Images a second, efficiency, stage, passes and batch."""
     if one is None:
         return ["-"] * 5
     stage = f"{one.stage}{' offload' if one.offload else ''}"
@@ -283,5 +340,5 @@ def scaling(one: Way | None) -> list[str]:
 def remark(row: Row) -> str:
     """What binds."""
     if row.strong is None:
-        return "cannot be run so"
+        return "not possible"
     return f"waits for the network more than {BOUND:.0%}" if binds(row.strong) else ""

@@ -46,11 +46,6 @@ def _convolutions(size: TokenizerSize) -> Iterator[tuple[int, int, int, int]]:
             channels = out
 
 
-def num_convolutions(size: TokenizerSize) -> int:
-    """Convolutions of the encoder; the last, which gives the scores of the codes, is not made as one."""
-    return sum(1 for _ in _convolutions(size))
-
-
 def encoder_parameters(size: TokenizerSize) -> int:
     """Weights and biases of the encoder."""
     last = size.width * 2 ** (size.groups - 1)

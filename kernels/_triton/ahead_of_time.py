@@ -114,13 +114,12 @@ def compiling_for(arch: str) -> Iterator[list[Any]]:
     JITFunction.run = compile_only
     active = driver._active
     driver.set_active(_PretendedDriver(arch))
-    target.pretended = arch
     try:
-        yield built
+        with target.pretending(arch):
+            yield built
     finally:
         JITFunction.run = run
         driver._active = active
-        target.pretended = None
 
 
 def resources(kernel: Any) -> Resources:

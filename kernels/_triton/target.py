@@ -1,7 +1,9 @@
 """Where a Triton kernel would run, and whether it can. Importing this imports no triton."""
 
+import contextlib
 import functools
 import importlib.util
+from collections.abc import Iterator
 
 import torch
 
@@ -9,7 +11,18 @@ INTERPRETER = "interpreter"
 OLDEST_NVIDIA = 80
 
 pretended: str | None = None
-"""The architecture that is compiled for ahead of time, if any."""
+"""The architecture of a GPU that is not there, while something is compiled or counted for it."""
+
+
+@contextlib.contextmanager
+def pretending(arch: str) -> Iterator[None]:
+    """Within the block, operators on tensors without memory (meta or fake) are those of a GPU of this architecture."""
+    global pretended
+    before, pretended = pretended, arch
+    try:
+        yield
+    finally:
+        pretended = before
 
 
 @functools.cache
@@ -28,6 +41,8 @@ def interpreted() -> bool:
 
 def why_unavailable(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
     """Why no Triton kernel can run on tensors of this device and dtype; None when one can."""
+    if pretended:
+        return None
     if not installed():
         return "triton is not installed"
     if interpreted():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._triton import target
 from .._triton.descriptors import padded_length
 
 
@@ -43,6 +44,10 @@ def attention_sdpa(
     added = dense_bias(bias_HNN, mask_WNN, q_BHND)
     if not q_BHND.numel():  # torch then leaves the bias out of the graph
         return q_BHND + 0 * sum(tensor.sum() for tensor in (k_BHND, v_BHND, added) if tensor is not None)
+    if target.pretended:  # torch chooses by the device of the tensors, which is not the one that is counted for
+        full = None if added is None else added.expand(q_BHND.shape[0], q_BHND.shape[1], -1, -1)
+        efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+        return efficient(q_BHND, k_BHND, v_BHND, full, True, scale=scale)[0]
     if not q_BHND.is_cuda or added is None:
         return F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, attn_mask=added, scale=scale)
     if lacks_logsumexp(q_BHND, k_BHND, v_BHND, added):
