@@ -151,9 +151,10 @@ def rel_pos_attention(
                      under torch.compile, which has one backward for all gradients.
     ->     [B, N, H*D]      in the dtype of qkv; under autocast in autocast's dtype
 
-    A query to which bias and mask leave no key, -inf for each, gives zeros and gradients of zero. NaN or infinity in a
-    key or value spreads although it is masked, since 0 times either is NaN. Half-precision inputs: the bias is used in
-    the dtype of qkv, the softmax sums in fp32. `reference` holds the scores in the dtype of qkv, so that one beyond
+    A query to which bias and mask leave no key, -inf for each, gives zeros and gradients of zero; `reference` gives NaN
+    where it is a bias alone that does so and needs a gradient. NaN or infinity in a key or value spreads although it is
+    masked, since 0 times either is NaN. Half-precision inputs: the bias is used in the dtype of qkv, the softmax sums
+    in fp32. `reference` holds the scores in the dtype of qkv, so that one beyond
     65504 gives NaN in fp16; the others do not. There is no dropout. Triton takes heads of a multiple of 8 channels, at
     most 128.
     Raises ValueError or TypeError for wrong shapes, devices or dtypes, ImplUnavailable for an `impl` that is not there

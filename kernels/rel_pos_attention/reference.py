@@ -17,24 +17,19 @@ def attention_reference(
 ) -> Tensor:
     """softmax(scale * q k^T + bias + mask) v: [B,H,N,D] -> [B,H,N,D].
 
-    A query to which bias and mask leave no key, -inf for each, gives zeros and has gradients of zero. Scores, bias and
-    mask are in the dtype of q; the softmax sums in fp32 and is rounded to that dtype.
+    A query to which bias and mask leave no key, -inf for each, gives zeros and has gradients of zero; a bias alone that
+    needs a gradient is taken to be finite. Scores, bias and mask are in the dtype of q; the softmax sums in fp32 and is
+    rounded to that dtype.
     """
     # Scaling q touches N*D numbers where scaling the scores would touch N*N.
     scores_BHNN = (q_BHND * scale) @ k_BHND.transpose(-2, -1)
-    if bias_HNN is None and mask_WNN is None:
-        return scores_BHNN.softmax(-1) @ v_BHND
-    bias_HNN = None if bias_HNN is None else bias_HNN.to(scores_BHNN.dtype)
-    if mask_WNN is None:
-        assert bias_HNN is not None
-        no_key = bias_HNN.isneginf().all(-1, keepdim=True)  # [H,N,1]
+    if bias_HNN is not None:
         # In place: the product needs no copy of its result for its own gradient.
-        scores_BHNN.add_(bias_HNN.masked_fill(no_key, 0))
-    else:
-        if bias_HNN is not None:
-            scores_BHNN.add_(bias_HNN)
+        scores_BHNN.add_(bias_HNN.to(scores_BHNN.dtype))
+    if mask_WNN is not None:
         num_masks = mask_WNN.shape[0]
         scores_BHNN = (scores_BHNN.unflatten(0, (-1, num_masks)) + mask_WNN[:, None]).flatten(0, 1)
-        no_key = scores_BHNN.isneginf().all(-1, keepdim=True)  # [B,H,N,1]
-        scores_BHNN = scores_BHNN.masked_fill(no_key, 0)
-    return (scores_BHNN.softmax(-1) @ v_BHND).masked_fill_(no_key, 0)
+    elif bias_HNN is None or bias_HNN.requires_grad:
+        return scores_BHNN.softmax(-1) @ v_BHND
+    no_key = scores_BHNN.isneginf().all(-1, keepdim=True)
+    return scores_BHNN.masked_fill(no_key, 0).softmax(-1).masked_fill(no_key, 0) @ v_BHND
