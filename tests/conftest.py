@@ -30,9 +30,14 @@ def pytest_configure(config: pytest.Config) -> None:
 
     A process has them one way only. Which tests are selected is not known yet, and so plays no part.
     """
-    if not torch.cuda.is_available():
+    from fused_beit.kernels._triton import target  # imports no triton
+
+    why_not = target.why_not_interpreted() if target.installed() else None
+    if interpreted() and why_not:
+        raise pytest.UsageError(f"{why_not}, or TRITON_INTERPRET=0, which leaves its tests out")
+    if not torch.cuda.is_available() and not why_not:
         os.environ.setdefault("TRITON_INTERPRET", "1")
-    elif not interpreted():
+    if torch.cuda.is_available() and not interpreted():
         # Which warnings its driver and its versions of torch and triton give is not for these tests to say.
         config.addinivalue_line("filterwarnings", "default")
 

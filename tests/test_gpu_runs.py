@@ -11,6 +11,8 @@ import sys
 import pytest
 import torch
 
+from fused_beit.kernels._triton import target
+
 pytest_plugins = ["pytester"]
 
 TESTS = """
@@ -121,6 +123,26 @@ def test_so_does_one_with_a_torch_that_does_not_find_the_gpu(run, monkeypatch):
 
 def test_a_run_without_tests_for_a_gpu_is_as_everywhere(run, gpu):
     assert run("-m", "not gpu").ret == 0
+
+
+@pytest.fixture
+def failing_interpreter(monkeypatch):
+    monkeypatch.setattr(target, "installed", lambda: True)
+    monkeypatch.setattr(target, "why_not_interpreted", lambda: "the interpreter fails; it needs another NumPy")
+
+
+def test_a_run_asked_for_an_interpreter_that_cannot_work_stops_in_a_sentence(run, failing_interpreter, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    result = run()
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert [line for line in result.errlines if line] == [
+        "ERROR: the interpreter fails; it needs another NumPy, or TRITON_INTERPRET=0, which leaves its tests out"
+    ]
+
+
+def test_one_that_was_not_asked_leaves_its_tests_out(run, no_gpu, failing_interpreter):
+    run().assert_outcomes(skipped=3)
+    assert os.environ.get("TRITON_INTERPRET") is None
 
 
 @pytest.fixture
