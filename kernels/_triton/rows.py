@@ -123,12 +123,11 @@ def standardise(main, tail, EPS: tl.constexpr, D: tl.constexpr, MAIN: tl.constex
         tail = centre(tail, mean, MAIN, TAIL, D)
         squares += tl.sum(tail * tail, axis=1)
     rstd = 1.0 / tl.sqrt(squares / D + EPS)
-    main *= rstd[:, None]
     if TAIL:
         tail *= rstd[:, None]
     else:
         tail = main  # Triton 3.6 returns no None
-    return main, tail, mean, rstd
+    return main * rstd[:, None], tail, mean, rstd
 
 
 @triton.jit
