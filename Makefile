@@ -19,7 +19,10 @@ HAS_GPU := $(shell (nvidia-smi -L 2>/dev/null || ls /dev/nvidia0 2>/dev/null) | 
 CONSTRAINT := $(if $(HAS_GPU),,--constraint constraints-cpu.txt)
 INSTALL_INPUTS := setup.py pyproject.toml constraints-cpu.txt
 
-.PHONY: help .venv .venv-peers pretrain test test-all test-gpu test-peers lint kernel-report bench-smoke bench bench-gpu results peers clean
+# Puts the sources of this folder before a PYTHONPATH of the caller's, which it keeps.
+SOURCES := PYTHONPATH="$(CURDIR)/build/types$${PYTHONPATH:+:$$PYTHONPATH}"
+
+.PHONY: help .venv .venv-peers pretrain test test-all test-gpu test-peers sanitize lint kernel-report bench-smoke bench bench-gpu results peers clean .links
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1|/p' Makefile | column -t -s '|'
@@ -28,39 +31,40 @@ help:
 
 .venv/installed: $(INSTALL_INPUTS)
 	@$(call check_python)
-	[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check $(CONSTRAINT) --editable '.[dev]'
-	@touch $@
+	$(call install,$(CONSTRAINT) --editable '.[dev]')
 
 pretrain: .venv/installed  ## pre-train; ARGS="--preset beit_tiny --data.path FOLDER" adds options
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed engine/pretrain.py $(ARGS)
 
+# Triton decides once in a process whether its kernels are interpreted: these are, on a machine with a GPU too.
+INTERPRETED := TRITON_INTERPRET=1
+
 test: .venv/installed  ## the tests that need no GPU and little time
-	$(BIN)/pytest -n $(WORKERS) --dist loadgroup -m 'not slow and not gpu' $(ARGS)
+	$(INTERPRETED) $(BIN)/pytest -n $(WORKERS) --dist loadgroup -m 'not slow and not gpu' $(ARGS)
 
 test-all: .venv/installed  ## all tests; those for a GPU are skipped where there is none
-	$(BIN)/pytest -n $(WORKERS) --dist loadgroup -m 'not gpu' $(ARGS)
+	$(INTERPRETED) $(BIN)/pytest -n $(WORKERS) --dist loadgroup -m 'not gpu' $(ARGS)
 	$(BIN)/pytest -m gpu $(ARGS) || [ $$? -eq 5 ]
 
-test-gpu: .venv/installed  ## the tests that need a GPU
-	$(BIN)/pytest -m gpu $(ARGS)
+test-gpu: .links  ## the tests that need a GPU, but for `make sanitize`
+	$(call with_torch,pytest) -m pytest -m 'gpu and not slow' $(ARGS)
+
+sanitize: .links  ## no kernel accesses what is not its own, as compute-sanitizer sees it on a GPU
+	$(call with_torch,pytest) -m pytest -m gpu tests/test_sanitizer.py $(ARGS)
 
 test-peers: .venv-peers/installed  ## fuse(model) on the models of timm and transformers
-	.venv-peers/bin/pytest tests/test_fuse_timm.py tests/test_fuse_transformers.py $(ARGS)
+	$(INTERPRETED) .venv-peers/bin/pytest tests/test_fuse_*.py $(ARGS)
 
-lint: .venv/installed  ## ruff and mypy
+lint: .venv/installed .links  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@mkdir -p build/types/fused_beit
-	@ln -sfn ../../../kernels build/types/fused_beit/kernels
-	@ln -sfn ../../../engine build/types/fused_beit/engine
 	$(BIN)/mypy
 
 # With TRITON=3.6.0, or another version, that one compiles; the tables are not of it, so the rules alone are checked.
 OTHER_TRITON = $(if $(TRITON),build/triton-$(TRITON))
 
 kernel-report: .venv/installed $(OTHER_TRITON)  ## what the compiler makes of the kernels, to RESOURCES.md; ARGS=--check compares
-	env -u TRITON_INTERPRET $(if $(TRITON),PYTHONPATH=$(OTHER_TRITON)) \
+	env -u TRITON_INTERPRET $(if $(TRITON),PYTHONPATH="$(OTHER_TRITON)$${PYTHONPATH:+:$$PYTHONPATH}") \
 		$(BIN)/python -m fused_beit.kernels.report $(if $(TRITON),--check) $(ARGS)
 
 build/triton-%: | .venv/installed
@@ -75,20 +79,17 @@ bench: .venv/installed  ## the benchmarks at full size; ARGS=--keep-results writ
 results: .venv/installed  ## RESULTS.md, the README's tables and the plots, from benchmarks/results; ARGS=--check compares
 	$(BIN)/python -m benchmarks.publish $(ARGS)
 
-# The operators need torch and triton alone, the step deepspeed and more (docs/benchmarks.md): the environment of .venv
-# where there is one, else PYTHON where it has torch and triton, as machines with a GPU come; where it has not, .venv is
-# made. By hand, with no install, the same is
+# By hand, with no install, the same is
 #   mkdir -p build/types/fused_beit
 #   for part in kernels engine ds_configs; do ln -sfn ../../../$part build/types/fused_beit/$part; done
 #   PYTHONPATH=build/types python3 -m benchmarks.gpu
 # `make bench-gpu BIN=.venv-peers/bin`, after `make peers`, compares with timm, transformers and xformers too.
-HAS_TORCH = $(PYTHON) -c 'import sys, importlib.util as i; sys.exit(not (i.find_spec("torch") and i.find_spec("triton")))'
+bench-gpu: .links  ## all that is measured on a GPU, in one go; ARGS="--rehearse --output FOLDER" tries it without one
+	$(call with_torch) -m benchmarks.gpu $(ARGS)
 
-bench-gpu:  ## all that is measured on a GPU, in one go; ARGS="--rehearse --output FOLDER" tries it without one
+.links:
 	@mkdir -p build/types/fused_beit
 	@for part in kernels engine ds_configs; do ln -sfn ../../../$$part build/types/fused_beit/$$part; done
-	@[ -x $(BIN)/python ] || $(HAS_TORCH) || $(MAKE) .venv/installed
-	PYTHONPATH=build/types $$([ -x $(BIN)/python ] && echo $(BIN)/python || echo $(PYTHON)) -m benchmarks.gpu $(ARGS)
 
 peers: .venv-peers/installed  ## an environment with the libraries that the benchmarks compare with
 
@@ -96,9 +97,7 @@ peers: .venv-peers/installed  ## an environment with the libraries that the benc
 
 .venv-peers/installed: $(INSTALL_INPUTS)
 	@$(call check_python)
-	[ -x .venv-peers/bin/python ] || $(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --disable-pip-version-check --editable '.[dev,peers]'
-	@touch $@
+	$(call install,--editable '.[dev$(,)peers]')
 
 clean:  ## delete the environments and what the tools remember, but no run's output
 	rm -rf .venv .venv-peers build dist *.egg-info .benchmarks .mypy_cache .pytest_cache .ruff_cache
@@ -108,3 +107,30 @@ $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1), and Python 3.11 or newer is needed;" \
 	"give one with: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 endef
+
+, := ,
+
+# An environment is complete, and only then taken, when it has the file `installed`. One that is new is deleted where
+# the install fails; one that was there is left as it was.
+define install
+new=$$([ -x $(@D)/bin/python ] || echo new); \
+	{ [ -z "$$new" ] || $(PYTHON) -m venv $(@D); } && \
+	$(@D)/bin/python -m pip install --disable-pip-version-check $(1) || { \
+	[ -z "$$new" ] || rm -rf $(@D); \
+	echo "error: $(@D) could not be installed; the message of pip is above" >&2; exit 1; }
+@touch $@
+endef
+
+# A python with torch: that of BIN where its environment is complete. Else PYTHON where it has torch, triton and what is
+# given, as machines with a GPU come, often without a network; nothing is installed into it. Else .venv is made. The
+# engine needs deepspeed and more (docs/benchmarks.md): without them its tests are skipped, its benchmarks left out.
+define with_torch
+@python=$(BIN)/python; \
+	if [ ! -e $(BIN)/../installed ]; then \
+		if [ $(BIN) != .venv/bin ]; then echo "error: there is no complete environment at $(BIN)/.." >&2; exit 1; fi; \
+		if $(call has,torch triton $(1)); then python=$(PYTHON); else $(MAKE) .venv/installed || exit; fi; \
+	fi; \
+	set -x; $(SOURCES) $$python
+endef
+
+has = $(PYTHON) -c 'import sys, importlib.util as i; sys.exit(not all(map(i.find_spec, sys.argv[1:])))' $(1)

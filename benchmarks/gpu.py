@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 
+from fused_beit.kernels._triton.target import why_not_interpreted
+
 from . import machine, results, step_names, text
 from .operators import OPERATORS
 from .parts import LIMITS, MINUTES, NOT_REACHED, Part, Request, every_part, measure_machine, time_is_up
@@ -90,6 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.output is None or options.output.resolve().is_relative_to(results.RESULTS):
             sys.exit("error: --rehearse needs --output FOLDER, outside benchmarks/results: its numbers mean nothing")
         os.environ |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+        if why := why_not_interpreted():
+            sys.exit(f"error: {why}")
     elif os.environ.get("TRITON_INTERPRET", "0") != "0":
         sys.exit("error: TRITON_INTERPRET is set, and the interpreter is no GPU; unset it, or use --rehearse")
     elif not torch.cuda.is_available():

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -118,6 +119,21 @@ def test_the_interpreter_is_refused_in_a_sentence():
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 2
     assert "unset TRITON_INTERPRET" in result.stderr.splitlines()[-1]
+
+
+def test_code_that_cuobjdump_cannot_read_is_told_in_a_sentence(tmp_path, monkeypatch):
+    """As that of Triton 3.6 cannot of sm_103."""
+    from fused_beit.kernels._triton import ahead_of_time
+
+    cuobjdump = tmp_path / "cuobjdump"
+    cuobjdump.write_text("#!/bin/sh\necho \"nvdisasm fatal   : Cannot decode architecture 'SM103a'\" >&2\nexit 1\n")
+    cuobjdump.chmod(0o755)
+    monkeypatch.setattr(ahead_of_time, "CUOBJDUMP", cuobjdump)
+    metadata = SimpleNamespace(name="x_kernel", num_warps=4, shared=0, target=SimpleNamespace(arch=103))
+    with pytest.raises(
+        RuntimeError, match=r"x_kernel for sm_103, but its cuobjdump cannot read .* 'SM103a'; that of a"
+    ):
+        ahead_of_time.resources(SimpleNamespace(asm={"cubin": b""}, metadata=metadata))
 
 
 def test_a_kernel_that_was_given_no_tensor_memory_is_told():

@@ -248,6 +248,20 @@ print(unpublishable(read_options(["--commit", "0123"])) == "")
     assert elsewhere == whole == "True"
 
 
+def test_a_rehearsal_whose_interpreter_cannot_work_stops_in_a_sentence(run):
+    code = """
+from importlib import metadata
+from benchmarks.gpu import main
+metadata.version = {"triton": "3.6.0", "numpy": "2.5.2"}.__getitem__
+main(["--rehearse", "--output", "/tmp"])
+"""
+    shown = run("-c", code)
+    assert shown.returncode == 1
+    assert shown.stderr.splitlines() == [
+        "error: the interpreter of Triton 3.6.0 fails beside NumPy 2.5.2; it needs triton>=3.7 or numpy<2.4"
+    ]
+
+
 @pytest.mark.gpu
 def test_a_short_run_is_replayed_as_a_cuda_graph_and_what_waits_is_not(run):
     shown = run(

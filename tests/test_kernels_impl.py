@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 import torch
@@ -161,3 +162,46 @@ def test_parity_finds_a_wrong_gradient_behind_a_right_output():
     assert_parity(right, right, inputs)
     with pytest.raises(AssertionError, match="grad bias"):
         assert_parity(wrong, right, inputs)
+
+
+@pytest.fixture
+def versions(monkeypatch):
+    """Say which versions of packages are installed; None: it is not."""
+
+    def say(**installed):
+        def version(name):
+            if installed[name] is None:
+                raise metadata.PackageNotFoundError(name)
+            return installed[name]
+
+        monkeypatch.setattr(metadata, "version", version)
+        monkeypatch.setattr(target, "why_not_interpreted", target.why_not_interpreted.__wrapped__)
+
+    return say
+
+
+@pytest.mark.parametrize(("triton", "numpy"), [("3.6.0", "2.4.0"), ("3.6.0+git1", "2.10"), ("3.6.2", "3.0")])
+def test_an_interpreter_that_fails_beside_its_numpy_is_refused_with_both_versions(versions, monkeypatch, triton, numpy):
+    versions(triton=triton, numpy=numpy)
+    monkeypatch.setattr(target, "interpreted", lambda: True)
+    why = f"the interpreter of Triton {triton} fails beside NumPy {numpy}; it needs triton>=3.7 or numpy<2.4"
+    assert target.why_unavailable(torch.device("cpu"), torch.float32) == why
+
+
+@pytest.mark.parametrize(("triton", "numpy"), [("3.6.0", "2.3.5"), ("3.7.0", "2.5.2"), ("3.10.0", "2.4.0")])
+def test_any_other_interpreter_is_taken(versions, triton, numpy):
+    versions(triton=triton, numpy=numpy)
+    assert target.why_not_interpreted() is None
+
+
+def test_an_interpreter_without_numpy_is_refused(versions):
+    versions(triton="3.9.0", numpy=None)
+    assert target.why_not_interpreted() == "Triton's interpreter needs numpy, which is not installed"
+
+
+def test_compiled_kernels_do_not_ask_for_numpy(versions, monkeypatch):
+    versions(triton="3.6.0", numpy="2.5.2")
+    monkeypatch.setattr(target, "interpreted", lambda: False)
+    monkeypatch.setattr(target, "installed", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert target.why_unavailable(torch.device("cuda"), torch.bfloat16) is None

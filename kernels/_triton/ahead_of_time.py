@@ -132,10 +132,7 @@ def _read_nvidia(kernel: Any) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
         cubin.flush()
-        usage, code = (
-            subprocess.run([CUOBJDUMP, what, cubin.name], capture_output=True, text=True, check=True).stdout
-            for what in ("--dump-resource-usage", "-sass")
-        )
+        usage, code = (_cuobjdump(what, cubin.name, kernel) for what in ("--dump-resource-usage", "-sass"))
     match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert match, usage
     registers, num_warps, shared = int(match[1]), kernel.metadata.num_warps, kernel.metadata.shared
@@ -158,6 +155,16 @@ def _read_nvidia(kernel: Any) -> Resources:
         # Every kernel of ours stores something.
         trapped=not _count(r"\b(STG|UTMASTG|UTMAREDG|RED|REDG|ATOMG)\b", code),
     )
+
+
+def _cuobjdump(what: str, cubin: str, kernel: Any) -> str:
+    done = subprocess.run([CUOBJDUMP, what, cubin], capture_output=True, text=True, check=False)
+    if done.returncode:  # that of Triton 3.6 on sm_103
+        raise RuntimeError(
+            f"Triton {triton.__version__} compiled {kernel.metadata.name} for sm_{kernel.metadata.target.arch}, but "
+            f"its cuobjdump cannot read the code: {' '.join(done.stderr.split())}; that of a later Triton may"
+        )
+    return done.stdout
 
 
 def _read_amd(kernel: Any) -> Resources:

@@ -112,7 +112,7 @@ def centre(x, mean, FIRST: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def standardise(main, tail, EPS: tl.constexpr, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
-    """Rows less their mean times their rstd, in both parts, and mean and rstd; tail is None where TAIL is 0."""
+    """Rows less their mean times their rstd, in both parts, and mean and rstd; tail means nothing where TAIL is 0."""
     total = tl.sum(main, axis=1)
     if TAIL:
         total += tl.sum(tail, axis=1)
@@ -125,6 +125,8 @@ def standardise(main, tail, EPS: tl.constexpr, D: tl.constexpr, MAIN: tl.constex
     rstd = 1.0 / tl.sqrt(squares / D + EPS)
     if TAIL:
         tail *= rstd[:, None]
+    else:
+        tail = main  # Triton 3.6 returns no None
     return main * rstd[:, None], tail, mean, rstd
 
 

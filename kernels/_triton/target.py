@@ -3,7 +3,9 @@
 import contextlib
 import functools
 import importlib.util
+import re
 from collections.abc import Iterator
+from importlib import metadata
 
 import torch
 
@@ -39,6 +41,26 @@ def interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
 
+@functools.cache
+def why_not_interpreted() -> str | None:
+    """Why Triton's interpreter cannot run kernels beside the NumPy that is installed; None when it can.
+
+    NumPy 2.4 no longer takes an array of one number for a number, as the interpreter did before Triton 3.7 with the
+    bounds of a loop. Compiled kernels need no NumPy.
+    """
+    try:
+        triton, numpy = metadata.version("triton"), metadata.version("numpy")
+    except metadata.PackageNotFoundError as error:
+        return f"Triton's interpreter needs {error.name}, which is not installed"
+    if _release(triton) < (3, 7) and _release(numpy) >= (2, 4):
+        return f"the interpreter of Triton {triton} fails beside NumPy {numpy}; it needs triton>=3.7 or numpy<2.4"
+    return None
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
 def why_unavailable(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
     """Why no Triton kernel can run on tensors of this device and dtype; None when one can."""
     if pretended:
@@ -48,7 +70,7 @@ def why_unavailable(device: torch.device, dtype: torch.dtype | None = None) -> s
     if interpreted():
         if dtype is torch.bfloat16:
             return "Triton's interpreter computes bfloat16 wrongly; use float32 or float16 there"
-        return None
+        return why_not_interpreted()
     if device.type != "cuda":
         return f"Triton needs a GPU and the tensors are on {device.type}; TRITON_INTERPRET=1 runs it slowly anywhere"
     # Without a GPU the tensors only have a shape.
