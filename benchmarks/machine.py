@@ -18,7 +18,17 @@ from fused_beit.engine.cpu import has_bf16, imitation, instruction_set  # which 
 from .timers import device_timer, run_once
 
 ROOT = Path(__file__).parent.parent
-VERSIONS = ("torch", "triton", "transformers", "timm", "xformers", "deepspeed", "numpy", "pillow")
+VERSIONS = (
+    "torch",
+    "triton",
+    "transformers",
+    "timm",
+    "xformers",
+    "deepspeed",
+    "numpy",
+    "pillow",
+    "nvidia-cudnn-frontend",
+)
 
 
 def processor() -> str:
