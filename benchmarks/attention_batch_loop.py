@@ -174,7 +174,6 @@ class Attend(torch.autograd.Function):
             q.shape[-1] ** -0.5,
             grad_qkv=parts(grad_qkv),
             grad_bias=None,
-            add_to_bias=False,
             deterministic=True,
             delta=delta,
         )
