@@ -256,9 +256,10 @@ PROVIDERS = {
         lambda inputs: apart(inputs, inputs.bias.detach(), SDPBackend.CUDNN_ATTENTION),
     ),
     "cudnn-frontend": Provider(PEER, "cuDNN by its frontend, gradient of the bias in a fixed order", cudnn_frontend),
-    "batch-loop": Provider(PEER, "TriFast's scheme: a third kernel that sums dS over the pictures", batch_loop),
+    # Not peers: their forward is ours, and so are two of their three backward kernels.
+    "batch-loop": Provider(CANDIDATE, "TriFast's scheme: a third kernel that sums dS over the pictures", batch_loop),
     "batch-loop-fused": Provider(
-        PEER, "the same, the gradients of q, k and v by our fused kernel", partial(batch_loop, fused=True)
+        CANDIDATE, "the same, the gradients of q, k and v by our fused kernel", partial(batch_loop, fused=True)
     ),
     "xformers": Provider(PEER, "its CUTLASS kernel, on qkv", partial(packed, "xformers")),
     "reference": Provider(PEER, "eager torch", partial(packed, "reference")),

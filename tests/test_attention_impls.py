@@ -410,3 +410,10 @@ def test_wrong_arguments_are_refused_with_what_was_expected(change, error, messa
     arguments = {name: numbers(2, 2, NUM_TOKENS, 8) for name in "qkv"} | {"bias": numbers(2, NUM_TOKENS, NUM_TOKENS)}
     with pytest.raises(error, match=message):
         attention(**arguments | change)
+
+
+def test_a_parameter_as_bias_leaves_queries_without_a_key_too_where_no_gradient_is_made():
+    inputs = inputs_of(2)
+    bias = torch.nn.Parameter(with_dead_rows(inputs["bias"]))
+    with torch.no_grad():
+        assert not rel_pos_attention(inputs["qkv"], bias, impl="reference").unflatten(2, (2, 8))[:, 3, 0].any()

@@ -1,6 +1,8 @@
 """fuse(model) on timm's models that someone changed, and on those that it does not know. Run by `make test-peers`."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -49,6 +51,38 @@ def test_a_hook_that_would_be_lost_is_respected_before_and_after(make, child, ho
         output_of(model, inputs(model))
     handle.remove()
     output_of(model, inputs(model))
+
+
+AT_STAGE_3 = """
+import sys
+import deepspeed, torch
+from fused_beit.engine.config import Settings
+from fused_beit.engine.training import zero
+from fused_beit.kernels import fuse
+sys.path.insert(0, sys.argv[1])
+from timm_models import beit, inputs
+settings = Settings.model_validate({"train": {"global_batch": 2}, "zero": {"stage": 3}})
+zero.start(settings)
+model = beit()
+given = inputs(model)
+expected = model(**given).sum().item()
+fuse(model)
+optimizer = torch.optim.AdamW(model.parameters())
+config = zero.deepspeed_config(settings, 1, bf16=False)
+engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+loss = engine(**given).sum()
+engine.backward(loss)
+engine.step()
+assert abs(loss.item() - expected) < 1e-4 * abs(expected), (loss.item(), expected)
+"""
+
+
+@pytest.mark.slow
+def test_a_fused_model_trains_at_zero_stage_3_which_puts_hooks_on_every_module(root):
+    shown = subprocess.run(
+        [sys.executable, "-c", AT_STAGE_3, root / "tests"], capture_output=True, text=True, timeout=300
+    )
+    assert shown.returncode == 0, shown.stderr
 
 
 class Watcher(nn.Module):

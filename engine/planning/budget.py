@@ -64,7 +64,8 @@ def by_part() -> Iterator[str]:
     ):
         found = {impl: step(impl) for impl in IMPLS}
         parts = {
-            one.part: [[two for two in found[impl] if two.part == one.part] for impl in IMPLS] for one in found["auto"]
+            part: [[one for one in found[impl] if one.part == part] for impl in IMPLS]
+            for part in dict.fromkeys(one.part for impl in IMPLS for one in found[impl])
         }
         for part, columns in sorted(parts.items(), key=lambda item: -likely(item[1][0])):
             yield f"| {part} | " + " | ".join(map(cells, columns)) + " |"

@@ -90,7 +90,7 @@ class _Noted(NamedTuple):
 
     @property
     def bytes(self) -> float:
-        return sum((self.writes | self.reads).values()) + self.again
+        return sum(self.reads.values()) + sum(self.writes.values()) + self.again
 
     @property
     def again(self) -> float:

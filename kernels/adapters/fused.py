@@ -161,9 +161,12 @@ NOTHING_OF_THEIR_OWN = (nn.Dropout, nn.Identity, nn.Softmax)
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module would call something else too."""
+    """Whether a call of the module would call something else too.
+
+    DeepSpeed's hooks do not count: at ZeRO stage 3 every module gets some, to gather its parameters; these have none.
+    """
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(len(found) > 0 for found in hooks)
+    return any(not hook.__module__.startswith("deepspeed.") for found in hooks for hook in found.values())
 
 
 def _table_of(module: Any) -> Any:

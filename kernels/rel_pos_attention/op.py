@@ -152,9 +152,9 @@ def rel_pos_attention(
     ->     [B, N, H*D]      in the dtype of qkv; under autocast in autocast's dtype
 
     A query to which bias and mask leave no key, -inf for each, gives zeros and gradients of zero; `reference` gives NaN
-    where it is a bias alone that does so and needs a gradient. NaN or infinity in a key or value spreads although it is
-    masked, since 0 times either is NaN. Half-precision inputs: the bias is used in the dtype of qkv, the softmax sums
-    in fp32. `reference` holds the scores in the dtype of qkv, so that one beyond
+    where a bias alone does so and its gradient is to be made: one that learns is finite. NaN or infinity in a key or
+    value spreads although it is masked, since 0 times either is NaN. Half-precision inputs: the bias is used in
+    the dtype of qkv, the softmax sums in fp32. `reference` holds the scores in the dtype of qkv, so that one beyond
     65504 gives NaN in fp16; the others do not. There is no dropout. Triton takes heads of a multiple of 8 channels, at
     most 128.
     Raises ValueError or TypeError for wrong shapes, devices or dtypes, ImplUnavailable for an `impl` that is not there
@@ -240,6 +240,10 @@ def _check_accumulate_into(name: str, accumulate_into: Tensor, bias: Tensor | No
         raise ValueError(f"{name}: accumulate_into must be contiguous, but has strides {strides}")
     if accumulate_into.requires_grad:
         raise ValueError(f"{name}: accumulate_into must not require a gradient of its own; give a detached tensor")
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{name}: accumulate_into has no place in torch.func transforms, which return every gradient; leave it out"
+        )
     if torch.is_grad_enabled() and not bias.requires_grad:
         raise ValueError(
             f"{name}: accumulate_into is for the gradient of bias, which requires none; leave accumulate_into out, or "

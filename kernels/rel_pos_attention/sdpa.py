@@ -1,6 +1,7 @@
 """Attention with a shared additive bias through torch's scaled_dot_product_attention."""
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -79,15 +80,29 @@ def _any_needs_grad(*tensors: Tensor) -> bool:
     return any(tensor.requires_grad for tensor in tensors)
 
 
+_switch = threading.Lock()
+_num_without, _was_enabled = 0, True
+
+
 @contextlib.contextmanager
 def without_cudnn() -> Iterator[None]:
-    """torch's attention by any of its kernels that are allowed, but not by cuDNN."""
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    """torch's attention by any of its kernels that are allowed, but not by cuDNN.
+
+    The switch is the process's: of several threads the first turns it off, and the last puts it back.
+    """
+    global _num_without, _was_enabled
+    with _switch:
+        if not _num_without:
+            _was_enabled = torch.backends.cuda.cudnn_sdp_enabled()
+            torch.backends.cuda.enable_cudnn_sdp(False)
+        _num_without += 1
     try:
         yield
     finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
+        with _switch:
+            _num_without -= 1
+            if not _num_without:
+                torch.backends.cuda.enable_cudnn_sdp(_was_enabled)
 
 
 def rounded_in_aligned_rows(bias_HNN: Tensor, dtype: torch.dtype) -> Tensor:
