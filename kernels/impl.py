@@ -124,6 +124,8 @@ def resolve(operator: str, request: str | Impl, device: torch.device | str | Non
     why = None if requirement is None or device is None else requirement(device)
     if why is not None:
         raise ImplUnavailable(refusal(operator, resolved.impl, why))
+    if resolved.impl is Impl.TRITON and device is not None and device.type == "cpu":
+        return resolved._replace(reason=f"{resolved.reason}; its kernels run in Triton's interpreter here")
     return resolved
 
 

@@ -47,7 +47,7 @@ def _index_that_fits(name: str, shape: Sequence[int], expected: Sequence[int | s
 
 
 def check_number(operator: str, remedy: str = "", **values: Any) -> None:
-    """Raise TypeError for a tensor where a number is meant: it would get no gradient, and to read it may wait.
+    """Raise TypeError for a tensor or a text where a number is meant: a tensor would get no gradient.
 
     remedy: what to do instead
     """
@@ -55,6 +55,8 @@ def check_number(operator: str, remedy: str = "", **values: Any) -> None:
         if isinstance(value, Tensor):
             remedy = remedy or f"{name}.item() is one, and waits for the device"
             raise TypeError(f"{operator}: {name} must be a Python number, but is a tensor; {remedy}")
+        if isinstance(value, str):
+            raise TypeError(f"{operator}: {name} must be a number, but is {value!r}")
 
 
 def check_float(operator: str, **tensors: Tensor | None) -> None:
@@ -84,9 +86,10 @@ def check_positions(operator: str, name: str, positions: Tensor, num_patches: in
     alone, and outside of torch.compile: elsewhere it would have to wait for the device.
     """
     if positions.dtype == torch.bool:
+        mask = "~mask" if name == "visible_positions" else "mask"
         raise TypeError(
-            f"{operator}: {name} must be torch.int64, but is torch.bool; masked_positions_from_bool makes positions of "
-            f"a mask"
+            f"{operator}: {name} must be torch.int64, but is torch.bool; masked_positions_from_bool({mask}) makes them "
+            f"of a mask that is True for masked patches"
         )
     check_int64(operator, **{name: positions})
     if positions.device.type == "cpu" and not torch.compiler.is_compiling():

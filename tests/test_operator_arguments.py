@@ -10,6 +10,7 @@ from fused_beit.kernels import (
     attention,
     embed_tokens,
     interpolate_table,
+    keep_visible,
     masked_positions_from_bool,
     rel_pos_attention,
     token_loss,
@@ -180,7 +181,7 @@ def test_attention_without_heads_or_channels_is_refused(num_heads, head_dim, imp
 def test_a_bool_mask_in_the_place_of_positions_is_refused_with_what_converts_it():
     mask = torch.tensor([[True, False, True, False], [False, False, True, True]])
     inputs = CALLS["embed_tokens"][1]
-    with pytest.raises(TypeError, match=r"must be torch.int64, but is torch.bool; masked_positions_from_bool makes"):
+    with pytest.raises(TypeError, match=r"but is torch.bool; masked_positions_from_bool\(mask\) makes"):
         embed_tokens(**inputs | {"masked_positions": mask})
     embed_tokens(**inputs | {"masked_positions": masked_positions_from_bool(mask)})
 
@@ -193,3 +194,19 @@ def test_a_row_with_a_nan_among_its_logits_is_no_hit(target, impl):
     weight[2, 2] = torch.nan  # and one of every other row
     targets = torch.tensor([target, 1, target])
     assert not token_loss(hidden, weight, None, targets, reduction="none", impl=impl).accuracy.any()
+
+
+def test_where_visible_patches_are_listed_the_mask_is_turned_round():
+    mask = torch.tensor([[True, False, True, False], [False, False, True, True]])
+    with pytest.raises(TypeError, match=r"masked_positions_from_bool\(~mask\) makes"):
+        keep_visible(**CALLS["keep_visible"][1] | {"visible_positions": mask})
+
+
+def test_a_number_of_slots_that_is_not_whole_is_refused():
+    with pytest.raises(TypeError, match=r"num_slots must be a whole number, but is 2\.0"):
+        masked_positions_from_bool(torch.ones(1, 2, dtype=torch.bool), num_slots=2.0)
+
+
+def test_a_text_in_the_place_of_a_number_is_refused():
+    with pytest.raises(TypeError, match="scale must be a number, but is 'x'"):
+        attention(*torch.zeros(3, 1, 1, 5, 8), scale="x")

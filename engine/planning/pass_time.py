@@ -92,7 +92,7 @@ def model_pass(
         flops = micro_batch * pretraining_flops(model, image_size, num_masked, vocab_size)
         repeated = again(zero_stage) / (rate * settings.mfu)
         third = flops / (rate * settings.mfu) / 3  # the backward pass is two products for each of the forward's
-        return PassTime(third, 2 * third + repeated, repeated, host)
+        return PassTime(third, 2 * third + repeated, repeated, host=0.0)  # a measured share has the host's time in it
     forward, backward = device_seconds(operators, gpu)
     own_linear = (again(zero_stage) - again(0)) / (rate * PRODUCTS)  # DeepSpeed's at stage 3, which is not in the count
     repeated = sum(seconds(found, gpu) for found in operators if found.part == RECOMPUTED) + own_linear
@@ -110,7 +110,7 @@ def tokens_pass(
         return PassTime(*device_seconds(operators, gpu), 0.0, host)
     inner, codes = encoding_flops(tokenizer, side)
     inner_rate, codes_rate = (gpu.bf16_tflops,) * 2 if bf16 else (gpu.tf32_tflops, gpu.fp32_tflops)
-    return PassTime(micro_batch * (inner / inner_rate + codes / codes_rate) / (1e12 * settings.mfu), 0.0, 0.0, host)
+    return PassTime(micro_batch * (inner / inner_rate + codes / codes_rate) / (1e12 * settings.mfu), 0.0, 0.0, host=0.0)
 
 
 def seconds(found: Operators, gpu: Gpu) -> float:

@@ -29,6 +29,8 @@ def masked_positions_from_bool(bool_masked_pos: Tensor, num_slots: int | None = 
             f"of ones and zeros .bool() makes it"
         )
     check_number(name, num_slots=num_slots)
+    if isinstance(num_slots, float):
+        raise TypeError(f"{name}: num_slots must be a whole number, but is {num_slots}")
     num_pictures, num_patches = bool_masked_pos.shape
     # Which slot a masked patch takes: the number of masked ones before it.
     slots_BP = bool_masked_pos.cumsum(1) - 1
