@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from fused_beit.engine.cpu import keep_compiled_code_apart
+
 from . import machine, results, text
 from .measuring import Checked, about, check_providers, time_providers
 from .operators import OPERATORS
@@ -52,6 +54,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    keep_compiled_code_apart()
     config.stash[ROWS] = []
     chosen_names(config, "case", case_names(config))
     chosen_names(config, "provider", provider_names())

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fused_beit.engine.config import ModelSettings
-from fused_beit.engine.cpu import has_bf16, imitation
+from fused_beit.engine.cpu import has_bf16
 
 from . import step_names as names
 from .tokenizer import DALL_E, TokenizerShape
@@ -43,7 +43,6 @@ ON_GPU = {
 }
 IMITATED = "this processor has no products of bf16 and imitates them, far slower than fp32"
 ONE_BLOCK = "compiled in the case of one block, to keep the run short"
-NOT_IMITATED = "where a processor is imitated torch.compile is left out: torch 2.14.1 aborted there"
 ON_CPU = {
     "base-fp32": Case("BEiT-base", on_pictures(BASE, 4), FP32),
     "base-bf16": Case("BEiT-base", on_pictures(BASE, 4), BF16, "" if has_bf16() else IMITATED),
@@ -119,8 +118,7 @@ def on_cpu(*, imitated: bool) -> list[Round]:
     """`imitated`: BEiT-base in bf16 even where the processor imitates it, which takes minutes a step."""
     few = dict.fromkeys(COMPILED, ONE_BLOCK) | {"transformers, eager": DEFAULT_ATTENTION}
     cases = ON_CPU if has_bf16() or imitated else ON_CPU | {"base-bf16": IN_PLACE_OF_IMITATED}
-    of_one_block = dict.fromkeys(COMPILED, NOT_IMITATED) if imitation() else {}
-    return [of_everyone(name, case, of_one_block if name == "compiled-fp32" else few) for name, case in cases.items()]
+    return [of_everyone(name, case, {} if name.startswith("compiled") else few) for name, case in cases.items()]
 
 
 def smoke() -> list[Round]:

@@ -4,6 +4,7 @@ import ctypes
 import functools
 import os
 import platform
+import tempfile
 from pathlib import Path
 
 import torch
@@ -26,6 +27,18 @@ def keep_freed_memory() -> bool:
         return False
     options = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _LARGEST), (_M_TOP_PAD, _TOP_PAD))
     return all(mallopt(option, value) == 1 for option, value in options)
+
+
+def keep_compiled_code_apart() -> None:
+    """Where ATEN_CPU_CAPABILITY imitates a lesser processor, give torch.compile a cache of its own.
+
+    Its cache does not tell kernels apart by the instructions that they were compiled to. Those of the other kind gave
+    NaN, indices out of bounds or an abort (torch 2.13 and 2.14.1).
+    """
+    capability = os.environ.get("ATEN_CPU_CAPABILITY")
+    if capability:
+        folder = Path(tempfile.gettempdir()) / f"torchinductor-{capability}"
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 INSTRUCTION_SETS = ("less than AVX2", "AVX2", "AVX-512", "AVX-512 with bf16", "AVX-512 with bf16 and AMX")

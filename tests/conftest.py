@@ -32,8 +32,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
     A process has them one way only. Which tests are selected is not known yet, and so plays no part.
     """
+    from fused_beit.engine.cpu import keep_compiled_code_apart
     from fused_beit.kernels._triton import target  # imports no triton
 
+    keep_compiled_code_apart()
     why_not = target.why_not_interpreted() if target.installed() else None
     if interpreted() and why_not:
         raise pytest.UsageError(f"{why_not}, or TRITON_INTERPRET=0, which leaves its tests out")

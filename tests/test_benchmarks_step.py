@@ -380,10 +380,3 @@ def test_a_direction_of_attention_is_held_to_the_measured_memory_and_to_the_best
     assert over_floor["value"] == pytest.approx(3000 / rate)
     best = found[f"rel_pos_attention: {direction}, the fastest exact alternative over ours"]
     assert (best["wanted"], best["value"], best["verdict"]) == ("at least 2 x", 2.1, "held")
-
-
-def test_nothing_is_compiled_where_a_processor_is_imitated(monkeypatch):
-    monkeypatch.setattr(cases, "imitation", lambda: "imitated by a variable")
-    of_one_block = cases.on_cpu(imitated=False)[-1]
-    assert of_one_block.left_out == dict.fromkeys(cases.COMPILED, cases.NOT_IMITATED)
-    assert "transformers, eager" in of_one_block.providers

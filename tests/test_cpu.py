@@ -136,3 +136,15 @@ def test_here_the_two_variables_leave_avx2_without_bf16():
     code = "from fused_beit.engine import cpu; print(cpu.has_bf16(), cpu.instruction_set(), sep='; ')"
     shown = subprocess.run([sys.executable, "-c", code], env=os.environ | TWO, capture_output=True, text=True)
     assert shown.stdout.strip() in (f"False; {AVX2}", f"False; {OLDER}", f"True; {cpu.platform.machine()}"), shown
+
+
+def test_code_compiled_for_an_imitated_processor_lies_apart(monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    cpu.keep_compiled_code_apart()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    cpu.keep_compiled_code_apart()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"].endswith("torchinductor-avx2")
