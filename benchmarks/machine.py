@@ -27,6 +27,7 @@ VERSIONS = (
     "deepspeed",
     "numpy",
     "pillow",
+    "liger-kernel",
     "nvidia-cudnn-frontend",
 )
 

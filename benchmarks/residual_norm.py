@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from fused_beit.kernels import residual_norm
 from fused_beit.kernels.testing import residual_norm_inputs
 
+from . import liger
 from .cases import BACKWARD, BOTH, FORWARD, Case, Function
 from .providers import COMPILED, OURS_FIRST, PEER, REFERENCE, Operator, Provider, written
 
@@ -56,13 +57,20 @@ def one_after_another(
     return x, F.layer_norm(x, (x.shape[-1],), weight, bias, EPS)
 
 
+ROUNDS_THRICE = "in half precision it rounds three times on the way to x"
 PROVIDERS = {
     **OURS_FIRST,
     "one-after-another": Provider(
         PEER,
         "LayerScale, DropPath, add and LayerNorm as models have them",
         written(one_after_another),
-        inexact="in half precision it rounds three times on the way to x",
+        inexact=ROUNDS_THRICE,
+    ),
+    "liger": Provider(
+        PEER,
+        "the same with Liger's LayerNorm",
+        liger.by(partial(liger.residual_norm, eps=EPS)),
+        inexact=ROUNDS_THRICE,
     ),
     **REFERENCE,
     **COMPILED,

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from fused_beit.kernels import token_loss
 from fused_beit.kernels.testing import token_loss_inputs
 
+from . import liger
 from .cases import BACKWARD, BOTH, FORWARD, Case, Function, Inputs, Work, work_by
 from .providers import BOUND, COMPILED, OURS_FIRST, PEER, REFERENCE, Operator, Provider, written
 
@@ -81,6 +82,7 @@ def in_fp32(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> tu
     return F.cross_entropy(logits.float(), targets), accuracy
 
 
+ROUNDED_LOGITS = "the loss and log-probabilities are rounded to the dtype of the logits"
 PROVIDERS = {
     **OURS_FIRST,
     "cross-entropy-fp32": Provider(PEER, "linear, F.cross_entropy in fp32, accuracy", written(in_fp32)),
@@ -88,7 +90,10 @@ PROVIDERS = {
         PEER,
         "the same in the dtype of the logits",
         written(in_its_own_dtype),
-        inexact="the loss and log-probabilities are rounded to the dtype of the logits",
+        inexact=ROUNDED_LOGITS,
+    ),
+    "liger": Provider(
+        PEER, "Liger's linear with cross-entropy and accuracy", liger.by(liger.token_loss), inexact=ROUNDED_LOGITS
     ),
     "products": Provider(BOUND, "the linear's products alone", the_products, variant=PRODUCTS),
     **REFERENCE,
