@@ -1,7 +1,7 @@
 """Which implementation of an operator runs: one enum, one table for each operator, one resolver.
 
-`auto` becomes an implementation from the device alone, with a reason that can be printed. A request by name is kept or
-refused; it never turns into another implementation.
+`auto` becomes an implementation by the device, with a reason that can be printed, and is never refused. A request by
+name is kept or refused; it never turns into another implementation.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,6 +9,8 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 import torch
+
+from ._triton.target import why_not_compiled
 
 AUTO = "auto"
 
@@ -34,11 +36,12 @@ class ImplUnavailable(RuntimeError):
     """An implementation was asked for by name that the operator does not have, or that cannot run here."""
 
 
-REFERENCE_FIRST = {
-    "cpu": Resolved(Impl.REFERENCE, "triton needs a GPU"),
-    "cuda": Resolved(Impl.REFERENCE, "triton was not measured on a GPU yet"),
-}
+ON_CPU = Resolved(Impl.REFERENCE, "triton needs a GPU")
+NOT_TIMED = {"cpu": ON_CPU, "cuda": Resolved(Impl.REFERENCE, "triton was not measured on a GPU yet")}
 """What `auto` means for an operator whose kernels nobody has timed."""
+A_STEP_IS_NO_FASTER = "on an H100 triton is faster alone, but a training step by it is not yet"
+NO_FASTER_YET = {"cpu": ON_CPU, "cuda": Resolved(Impl.REFERENCE, A_STEP_IS_NO_FASTER)}
+"""What it means for one whose kernels are faster than the reference, by so little that a step does not show it."""
 
 
 class Operator:
@@ -50,7 +53,8 @@ class Operator:
     schema:          "name(Tensor x, ..., str impl) -> Tensor"
     implementations: functions of the schema's arguments in order, less `impl`; they raise ImplUnavailable themselves
                      where they cannot run
-    auto:            device type ("cpu", "cuda") -> what `auto` becomes there; the reference everywhere else
+    auto:            device type ("cpu", "cuda") -> what `auto` becomes there; the reference everywhere else, and where
+                     triton, which this names, could not run compiled
     requirements:    functions of a device: why an implementation cannot run there, or None
     """
 
@@ -76,14 +80,13 @@ class Operator:
             torch.library.define(f"fused_beit::{name}", schema.removeprefix(name))
             torch.library.impl(f"fused_beit::{name}", "CompositeImplicitAutograd", self._run)
 
-    def resolve(self, request: str, device_type: str | None) -> Resolved:
-        """What a request means, by name alone: whether it can run is asked where it does, or by `resolve` below."""
+    def resolve(self, request: str, device: torch.device | None, dtype: torch.dtype | None = None) -> Resolved:
+        """What a request means; whether what it names can run is asked where it does, or by `resolve` below.
+
+        dtype: that of the work, where `auto` may depend on it
+        """
         if request == AUTO:
-            if device_type in self.auto:
-                return self.auto[device_type]
-            if len(self.implementations) == 1:
-                return Resolved(Impl.REFERENCE, "the only implementation in this version")
-            return Resolved(Impl.REFERENCE, f"nothing else was chosen for {device_type or 'no device'}")
+            return self._automatic(device, dtype)
         for impl in self.implementations:
             if impl == request:
                 return Resolved(impl, "asked for")
@@ -94,9 +97,18 @@ class Operator:
             why = f"no implementation has that name (known names: {AUTO}, {', '.join(Impl)})"
         raise ImplUnavailable(f"{self.name}: impl={str(request)!r} was asked for, but {why}; available: {AUTO}, {have}")
 
+    def _automatic(self, device: torch.device | None, dtype: torch.dtype | None) -> Resolved:
+        if device is None or device.type not in self.auto:
+            if len(self.implementations) == 1:
+                return Resolved(Impl.REFERENCE, "the only implementation in this version")
+            return Resolved(Impl.REFERENCE, f"nothing else was chosen for {device.type if device else 'no device'}")
+        chosen = self.auto[device.type]
+        why_not = why_not_compiled(device, dtype) if chosen.impl is Impl.TRITON else None
+        return Resolved(Impl.REFERENCE, why_not) if why_not else chosen
+
     def _run(self, *args: Any) -> Any:
         *arguments, impl = args
-        return self.implementations[self.resolve(impl, arguments[0].device.type).impl](*arguments)
+        return self.implementations[self.resolve(impl, arguments[0].device).impl](*arguments)
 
 
 _OPERATORS: dict[str, Operator] = {}
@@ -119,7 +131,7 @@ def resolve(operator: str, request: str | Impl, device: torch.device | str | Non
         raise ValueError(f"unknown operator {operator!r}; expected one of {', '.join(operators())}")
     found = _OPERATORS[operator]
     device = None if device is None else torch.device(device)
-    resolved = found.resolve(request, None if device is None else device.type)
+    resolved = found.resolve(request, device)
     requirement = found.requirements.get(resolved.impl)
     why = None if requirement is None or device is None else requirement(device)
     if why is not None:

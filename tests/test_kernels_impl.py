@@ -10,6 +10,7 @@ import torch
 from fused_beit.kernels import Impl, ImplUnavailable, operators, resolve
 from fused_beit.kernels._triton import target
 from fused_beit.kernels.impl import Operator, Resolved
+from fused_beit.kernels.nearest_code.op import OPERATOR as NEAREST_CODE
 from fused_beit.kernels.testing import assert_no_worse_than_eager, assert_parity, rel_pos_attention_inputs
 
 OPERATORS = (
@@ -49,8 +50,33 @@ def test_auto_resolves_to_an_implementation_with_a_reason(name, device):
 def test_auto_attention_is_the_reference_but_sdpa_on_cuda():
     assert resolve("rel_pos_attention", "auto", "cpu").impl is Impl.REFERENCE
     assert resolve("rel_pos_attention", "auto", "cuda").impl is Impl.SDPA
-    assert "was measured on a GPU yet" in resolve("rel_pos_attention", "auto", "cuda").reason
+    assert "on an H100" in resolve("rel_pos_attention", "auto", "cuda").reason
     assert resolve("rel_pos_attention", "auto", "xpu").impl is Impl.REFERENCE
+
+
+def test_auto_searches_codes_by_triton_on_cuda_and_names_the_figure():
+    with target.pretending("sm_90"):
+        resolved = resolve("nearest_code", "auto", "cuda")
+    assert resolved.impl is Impl.TRITON
+    assert "1.3 ms, eager torch 17.6" in resolved.reason
+    assert resolve("nearest_code", "auto", "cpu").impl is Impl.REFERENCE
+
+
+@pytest.mark.parametrize(
+    ("there", "dtype", "why"),
+    [
+        ({"installed": False}, None, "triton is not installed"),
+        ({"installed": True, "interpreted": True}, None, "Triton's interpreter, which TRITON_INTERPRET=1 asks for"),
+        ({"installed": True, "interpreted": False}, torch.float64, "float64 is for Triton's interpreter"),
+    ],
+    ids=["no triton", "interpreter", "float64"],
+)
+def test_auto_is_the_reference_where_triton_could_not_run_compiled(monkeypatch, there, dtype, why):
+    for name, value in there.items():
+        monkeypatch.setattr(target, name, lambda value=value: value)
+    resolved = NEAREST_CODE.resolve("auto", torch.device("cuda"), dtype)
+    assert resolved.impl is Impl.REFERENCE
+    assert why in resolved.reason
 
 
 @pytest.mark.parametrize("request_", [Impl.SDPA, "sdpa"])

@@ -212,10 +212,10 @@ H100 = [*BASE, "--gpu", "h100", "--train.global_batch", "128"]
 
 
 def test_a_step_is_predicted_by_implementation():
-    """At a batch where the GPU binds; with compiled blocks, and of the tokens too, by Triton all is faster."""
+    """At a batch where the GPU binds; with compiled blocks, too, by Triton all is faster. The tokens are the same."""
     auto, compiled, triton = (chosen(*H100, *how).time for how in ([], ["--train.compile"], ["--train.impl", "triton"]))
     assert triton.model < compiled.model < auto.model
-    assert triton.tokenizer < auto.tokenizer
+    assert triton.tokenizer == auto.tokenizer
     assert triton.model == triton.model_on_device
 
 
@@ -230,7 +230,7 @@ def test_a_plan_says_what_was_assumed_and_what_the_other_implementation_would_ta
         said = step(settings, gpu, DALLE, choose(settings, gpu, DALLE, 1))
         would = chosen(*H100, "--train.impl", other).time.total
         assert said["otherwise"].startswith(f"{1e3 * would:.3g} ms with --train.impl {other};")
-        assert "not been timed" in said["otherwise"] or "neither was timed" in said["otherwise"]
+        assert said["otherwise"].endswith("on an H100 both took about the same time")
         assert f"(--train.impl {asked})" in assumptions(settings, gpu)["counted"]
 
 

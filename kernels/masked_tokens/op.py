@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._triton.target import why_unavailable
-from ..impl import AUTO, REFERENCE_FIRST, Impl, Operator
+from ..impl import AUTO, NOT_TIMED, Impl, Operator
 from ..tracing import fx_leaf
 from ..validation import check_float, check_number, check_positions, check_same_device, check_shape
 from .reference import (
@@ -26,27 +26,27 @@ EMBED = Operator(
     "embed_tokens(Tensor patches, Tensor mask_token, Tensor cls_token, Tensor? pos_embed, Tensor? masked_positions, "
     "str impl) -> Tensor",
     {Impl.REFERENCE: embed_tokens_reference, Impl.TRITON: embed_tokens_triton},
-    REFERENCE_FIRST,
+    NOT_TIMED,
     REQUIREMENTS,
 )
 KEEP = Operator(
     "keep_visible(Tensor patches, Tensor cls_token, Tensor? pos_embed, Tensor visible_positions, str impl) -> Tensor",
     {Impl.REFERENCE: keep_visible_reference, Impl.TRITON: keep_visible_triton},
-    REFERENCE_FIRST,
+    NOT_TIMED,
     REQUIREMENTS,
 )
 RESTORE = Operator(
     "restore_tokens(Tensor x, Tensor mask_token, Tensor? pos_embed, Tensor visible_positions, int num_patches, "
     "str impl) -> Tensor",
     {Impl.REFERENCE: restore_tokens_reference, Impl.TRITON: restore_tokens_triton},
-    REFERENCE_FIRST,
+    NOT_TIMED,
     REQUIREMENTS,
 )
 GATHER = Operator(
     "gather_masked(Tensor x, Tensor masked_positions, Tensor? weight, Tensor? bias, float eps, int num_prefix_tokens, "
     "str impl) -> Tensor",
     {Impl.REFERENCE: gather_masked_reference, Impl.TRITON: gather_masked_triton},
-    REFERENCE_FIRST,
+    NOT_TIMED,
     REQUIREMENTS,
 )
 
@@ -100,7 +100,7 @@ def embed_tokens(
     )
     if masked_positions is not None:
         check_positions(name, "masked_positions", masked_positions, num_patches)
-    resolved = EMBED.resolve(impl, patches.device.type)
+    resolved = EMBED.resolve(impl, patches.device)
     return torch.ops.fused_beit.embed_tokens(
         patches, mask_token, cls_token, pos_embed, masked_positions, resolved.impl.value
     )
@@ -141,7 +141,7 @@ def keep_visible(
         name, "patches", patches, cls_token=cls_token, pos_embed=pos_embed, visible_positions=visible_positions
     )
     check_positions(name, "visible_positions", visible_positions, num_patches)
-    resolved = KEEP.resolve(impl, patches.device.type)
+    resolved = KEEP.resolve(impl, patches.device)
     return torch.ops.fused_beit.keep_visible(patches, cls_token, pos_embed, visible_positions, resolved.impl.value)
 
 
@@ -184,7 +184,7 @@ def restore_tokens(
     check_float(name, x=x, mask_token=mask_token, pos_embed=pos_embed)
     check_same_device(name, "x", x, mask_token=mask_token, pos_embed=pos_embed, visible_positions=visible_positions)
     check_positions(name, "visible_positions", visible_positions, num_patches)
-    resolved = RESTORE.resolve(impl, x.device.type)
+    resolved = RESTORE.resolve(impl, x.device)
     return torch.ops.fused_beit.restore_tokens(
         x, mask_token, pos_embed, visible_positions, num_patches, resolved.impl.value
     )
@@ -234,7 +234,7 @@ def gather_masked(
             f"{num_prefix_tokens}"
         )
     check_positions(name, "masked_positions", masked_positions, num_tokens - num_prefix_tokens)
-    resolved = GATHER.resolve(impl, x.device.type)
+    resolved = GATHER.resolve(impl, x.device)
     return torch.ops.fused_beit.gather_masked(
         x, masked_positions, weight, bias, eps, num_prefix_tokens, resolved.impl.value
     )

@@ -6,16 +6,19 @@ import torch
 from torch import Tensor
 
 from .._triton.target import why_unavailable
-from ..impl import AUTO, REFERENCE_FIRST, Impl, Operator
+from ..impl import AUTO, ON_CPU, Impl, Operator, Resolved
 from ..tracing import fx_leaf
 from ..validation import check_float, check_same_device, check_shape
 from .reference import nearest_code_reference
 from .triton_ops import nearest_code_triton
 
+ON_CUDA = Resolved(
+    Impl.TRITON, "on an H100 1.3 ms, eager torch 17.6 (25,088 rows in bf16, 8,192 codes of 2,048 channels)"
+)
 OPERATOR = Operator(
     "nearest_code(Tensor x, Tensor codes, Tensor? bias, str impl) -> (Tensor, Tensor)",
     {Impl.REFERENCE: nearest_code_reference, Impl.TRITON: nearest_code_triton},
-    REFERENCE_FIRST,
+    {"cpu": ON_CPU, "cuda": ON_CUDA},
     {Impl.TRITON: why_unavailable},
 )
 
@@ -50,6 +53,6 @@ def nearest_code(x: Tensor, codes: Tensor, bias: Tensor | None = None, *, impl: 
         check_shape(name, "bias", bias, codes.shape[0])
     check_float(name, x=x, codes=codes, bias=bias)
     check_same_device(name, "x", x, codes=codes, bias=bias)
-    resolved = OPERATOR.resolve(impl, x.device.type)
+    resolved = OPERATOR.resolve(impl, x.device, torch.promote_types(x.dtype, codes.dtype))
     index, score = torch.ops.fused_beit.nearest_code(x, codes, bias, resolved.impl.value)
     return NearestCode(index, score)

@@ -209,7 +209,7 @@ def expand_table(
     check_float(name, table=table)
     dtype = table.dtype if dtype is None else dtype
     check_float_dtype(name, dtype)
-    resolved = EXPAND.resolve(impl, table.device.type)
+    resolved = EXPAND.resolve(impl, table.device)
     return torch.ops.fused_beit.expand_table(table, window, cls_token, dtype, resolved.impl.value)
 
 
@@ -237,7 +237,7 @@ def scatter_table(
     check_float(name, grad=grad)
     dtype = grad.dtype if dtype is None else dtype
     check_float_dtype(name, dtype)
-    resolved = SCATTER.resolve(impl, grad.device.type)
+    resolved = SCATTER.resolve(impl, grad.device)
     return torch.ops.fused_beit.scatter_table(grad, window, cls_token, dtype, resolved.impl.value)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .._triton.target import why_unavailable
-from ..impl import AUTO, Impl, Operator, Resolved
+from ..impl import A_STEP_IS_NO_FASTER, AUTO, Impl, Operator, Resolved
 from ..precision import accumulate_dtype, compute_dtype, without_autocast
 from ..tracing import fx_leaf
 from ..validation import FLOATING, check_determinism, check_float, check_number, check_same_device, check_shape
@@ -95,9 +95,7 @@ COMPOSED: dict[Impl, Attend] = {
 ON_CPU = Resolved(
     Impl.REFERENCE, "measured faster than sdpa on a CPU: fp32 and bf16, forward and backward, N=197 and N=65"
 )
-ON_CUDA = Resolved(
-    Impl.SDPA, "avoids a materialised [B,H,N,N] score tensor; neither it nor triton was measured on a GPU yet"
-)
+ON_CUDA = Resolved(Impl.SDPA, f"takes 0.61 times the time of the reference on an H100; {A_STEP_IS_NO_FASTER}")
 AUTOMATIC = {"cpu": ON_CPU, "cuda": ON_CUDA}
 REQUIREMENTS = {Impl.TRITON: why_unavailable, Impl.XFORMERS: why_no_xformers, Impl.FLEX: why_no_flex}
 OTHERS = (
@@ -172,7 +170,7 @@ def rel_pos_attention(
         name, "qkv", qkv, batch, num_heads, num_tokens, bias, rounded_bias, mask, accumulate_into, deterministic
     )
     scale = head_dim**-0.5 if scale is None else scale
-    resolved = PACKED.resolve(impl, qkv.device.type)
+    resolved = PACKED.resolve(impl, qkv.device)
     return torch.ops.fused_beit.rel_pos_attention(
         qkv, bias, rounded_bias, mask, accumulate_into, scale, deterministic, resolved.impl.value
     )
@@ -215,7 +213,7 @@ def attention(
         name, "q", q, batch, num_heads, num_tokens, bias, rounded_bias, mask, accumulate_into, deterministic
     )
     scale = head_dim**-0.5 if scale is None else scale
-    resolved = SEPARATE.resolve(impl, q.device.type)
+    resolved = SEPARATE.resolve(impl, q.device)
     return torch.ops.fused_beit.attention(
         q, k, v, bias, rounded_bias, mask, accumulate_into, scale, deterministic, resolved.impl.value
     )

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .._triton.target import why_unavailable
-from ..impl import AUTO, REFERENCE_FIRST, Impl, Operator
+from ..impl import AUTO, NO_FASTER_YET, Impl, Operator
 from ..tracing import fx_leaf
 from ..validation import check_float, check_number, check_same_device, check_shape
 from .reference import residual_add_reference, residual_norm_reference
@@ -15,14 +15,14 @@ REQUIREMENTS = {Impl.TRITON: why_unavailable}
 ADD = Operator(
     "residual_add(Tensor x, Tensor y, Tensor? gamma, Tensor? keep, str impl) -> Tensor",
     {Impl.REFERENCE: residual_add_reference, Impl.TRITON: residual_add_triton},
-    REFERENCE_FIRST,
+    NO_FASTER_YET,
     REQUIREMENTS,
 )
 NORM = Operator(
     "residual_norm(Tensor x, Tensor y, Tensor? gamma, Tensor? keep, Tensor? weight, Tensor? bias, float eps, "
     "str impl) -> (Tensor, Tensor)",
     {Impl.REFERENCE: residual_norm_reference, Impl.TRITON: residual_norm_triton},
-    REFERENCE_FIRST,
+    NO_FASTER_YET,
     REQUIREMENTS,
 )
 
@@ -54,7 +54,7 @@ def residual_add(x: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None
     Source: LayerScale, CaiT (arXiv:2103.17239) equation 4; stochastic depth (arXiv:1603.09382) section 3.
     """
     _check_branch("residual_add", x, y, gamma, keep)
-    resolved = ADD.resolve(impl, x.device.type)
+    resolved = ADD.resolve(impl, x.device)
     return torch.ops.fused_beit.residual_add(x, y, gamma, keep, resolved.impl.value)
 
 
@@ -89,5 +89,5 @@ def residual_norm(
     check_number(name, eps=eps)
     check_float(name, weight=weight, bias=bias)
     check_same_device(name, "x", x, weight=weight, bias=bias)
-    resolved = NORM.resolve(impl, x.device.type)
+    resolved = NORM.resolve(impl, x.device)
     return torch.ops.fused_beit.residual_norm(x, y, gamma, keep, weight, bias, eps, resolved.impl.value)

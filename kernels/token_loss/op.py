@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._triton.target import why_unavailable
-from ..impl import AUTO, REFERENCE_FIRST, Impl, Operator
+from ..impl import AUTO, NO_FASTER_YET, Impl, Operator
 from ..tracing import fx_leaf
 from ..validation import check_float, check_int64, check_number, check_same_device, check_shape
 from .reference import token_loss_reference
@@ -16,7 +16,7 @@ OPERATOR = Operator(
     "token_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, float label_smoothing, int ignore_index, "
     "str reduction, str impl) -> (Tensor, Tensor)",
     {Impl.REFERENCE: token_loss_reference, Impl.TRITON: token_loss_triton},
-    REFERENCE_FIRST,
+    NO_FASTER_YET,
     {Impl.TRITON: why_unavailable},
 )
 
@@ -74,7 +74,7 @@ def token_loss(
     check_number(name, label_smoothing=label_smoothing, ignore_index=ignore_index)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"{name}: label_smoothing must be in 0..1, but is {label_smoothing}")
-    resolved = OPERATOR.resolve(impl, hidden.device.type)
+    resolved = OPERATOR.resolve(impl, hidden.device)
     loss, accuracy = torch.ops.fused_beit.token_loss(
         hidden, weight, bias, targets, label_smoothing, ignore_index, reduction, resolved.impl.value
     )
