@@ -10,11 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+DEVICES = ("cpu", "cuda", "hpu", "maia", "mps", "mtia", "xla", "xpu")
+# Asked once: Dynamo of torch 2.11 cannot trace the question, and would divide every compiled block there.
+WITH_AUTOCAST = frozenset(filter(torch.amp.is_autocast_available, DEVICES))
+"""Device types that have autocast; the meta device has not."""
+
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """Dtype of a matrix product with `tensor`: autocast's where autocast is on, else its own. float64 is left alone."""
     device_type = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+    if tensor.dtype == torch.float64 or device_type not in WITH_AUTOCAST:
         return tensor.dtype
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else tensor.dtype
 
@@ -25,8 +30,8 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Autocast off on this device; nothing where its type has no autocast, as the meta device."""
-    if torch.amp.is_autocast_available(device.type):
+    """Autocast off on this device; nothing where its type has no autocast."""
+    if device.type in WITH_AUTOCAST:
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 

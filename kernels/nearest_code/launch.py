@@ -1,7 +1,7 @@
 """Allocates what the kernels fill, and launches them with tiles pinned for each architecture. Nothing is searched for.
 
 The tiles were chosen from what Triton 3.9.0 compiles them to (RESOURCES.md): first no stack, which is registers kept in
-memory; then the fewest bytes loaded for a product. On a GPU only the one for long codes was timed, on an H100 (README.md).
+memory; then the fewest bytes loaded for a product. Only the one for long codes was timed, on an H100 (README.md).
 """
 
 from typing import NamedTuple
