@@ -4,7 +4,7 @@ The bounds are attention without the bias, or with one that gets no gradient.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from fused_beit.kernels._triton.target import arch_of
 from fused_beit.kernels.rel_pos_attention.plan import Plan, Tile, pinned
 
 from . import attention_cudnn
-from .attention import NO_BIAS, ON_CPU, ON_GPU, REHEARSAL, SMOKE, AttentionCase, AttentionInputs, heads_apart, leaf
+from .attention import NO_BIAS, ON_CPU, ON_GPU, REHEARSAL, SMOKE, AttentionInputs, heads_apart, leaf
 from .cases import Work
 from .providers import BOUND, CANDIDATE, OURS, PEER, Operator, Provider, compile_for, refuse_the_interpreter, what_runs
 from .rounds import AbsentError, Outputs
@@ -123,13 +123,11 @@ def flex_table(inputs: AttentionInputs) -> Work:
 def ours(
     inputs: AttentionInputs,
     change: Callable[[Plan], Plan] | None = None,
-    pictures: int | None = None,
     accumulate: bool = False,
     shared: bool = False,
     deterministic: bool = True,
 ) -> Work:
-    """The Triton kernels, as they are or by another plan, or with dS of so many pictures at a time; of one where that
-    is rehearsed."""
+    """The Triton kernels, as they are or by another plan."""
     refuse_the_interpreter(inputs.case, inputs.device)
     options: dict[str, Any] = {"deterministic": deterministic}
     if accumulate:
@@ -141,61 +139,26 @@ def ours(
     plan = default if change is None else change(default)
     if change is not None and plan == default:
         raise AbsentError("is what triton does in this case")
-    workspace = None if pictures is None else workspace_of(inputs.case, 1 if inputs.case.rehearsal else pictures)
-
-    @contextlib.contextmanager
-    def around() -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            if change is not None or inputs.case.rehearsal:
-                stack.enter_context(pinned(plan))
-            if workspace is not None:
-                stack.enter_context(workspace())
-            yield
-
-    return replace(work, around=around, plan=str(plan))
+    if change is not None or inputs.case.rehearsal:
+        work = replace(work, around=partial(pinned, plan))
+    return replace(work, plan=str(plan))
 
 
 def default_plan(inputs: AttentionInputs) -> Plan:
-    """What the kernels do by themselves; in a rehearsal, what they would do on an H100 with 197 tokens."""
+    """What the kernels do by themselves; in a rehearsal, what they would do on an H100 with heads of 64 channels."""
     case = inputs.case
     if case.rehearsal:
-        return attention_plan("sm_90", 197, 64, case.dtype)
-    return attention_plan(arch_of(inputs.device), case.num_tokens, case.head_dim, case.dtype)
+        return attention_plan("sm_90", 64, case.dtype)
+    return attention_plan(arch_of(inputs.device), case.head_dim, case.dtype)
 
 
-def workspace_of(case: AttentionCase, pictures: int) -> Callable[[], contextlib.AbstractContextManager[None]]:
-    """Room for dS of so many pictures at a time. Raises AbsentError where the workspace that there is has no more."""
-    from fused_beit.kernels.rel_pos_attention import launch
-
-    shape = (case.num_heads, case.num_tokens, case.dtype)
-    default = launch.num_pictures_a_pass(case.batch, *shape)
-    if pictures >= default:
-        raise AbsentError(f"triton takes {default} pictures a pass in this case")
-
-    @contextlib.contextmanager
-    def hold() -> Iterator[None]:
-        before, launch.WORKSPACE_BYTES = launch.WORKSPACE_BYTES, pictures * launch.bytes_a_picture(*shape)
-        try:
-            yield
-        finally:
-            launch.WORKSPACE_BYTES = before
-
-    return hold
-
-
-def batch_loop(inputs: AttentionInputs, fused: bool = False) -> Work:
-    """Our kernels, but the gradient of the bias by a kernel that loops over the pictures.
-
-    fused: one kernel for the gradients of q, k and v, where there is one; else two, as there are in TriFast
-    """
+def batch_loop(inputs: AttentionInputs) -> Work:
+    """Our kernels, but the gradient of the bias by a kernel that loops over the pictures."""
     refuse_the_interpreter(inputs.case, inputs.device)
     what_runs(inputs.case, "triton", inputs.device)
     from .attention_batch_loop import attend, tile_for
 
-    default = default_plan(inputs)
-    plan = default if fused else default._replace(backward_fused=None)
-    if fused and plan.backward_fused is None:
-        raise AbsentError("is what batch-loop does in this case")
+    plan = default_plan(inputs)
     tile = tile_for(inputs.case.dtype)
     return attention_work(
         inputs,
@@ -211,24 +174,17 @@ def cudnn_frontend(inputs: AttentionInputs) -> Work:
     return attention_work(inputs, call, {"qkv": inputs.qkv, "bias": inputs.bias}, plan=versions)
 
 
-def forward_by(*tile: int) -> Callable[[AttentionInputs], Work]:
-    return partial(ours, change=lambda plan: plan._replace(forward=Tile(*tile)))
+def with_tiles(**tiles: Tile) -> Callable[[AttentionInputs], Work]:
+    return partial(ours, change=lambda plan: plan._replace(**tiles))
 
 
+# What lost at 197 tokens on an H100; more tokens may want larger tiles, and were not timed there.
+LARGE = Tile(64, 64, 4, 2)
 CANDIDATES = {
-    "triton-forward-64x64": Provider(CANDIDATE, "forward tiles 64x64, 4 warps", forward_by(64, 64, 4, 2)),
-    "triton-forward-128x64": Provider(CANDIDATE, "forward tiles 128x64, 8 warps", forward_by(128, 64, 8, 2)),
-    "triton-two-kernels": Provider(
-        CANDIDATE,
-        "backward by a kernel for q and one for k, v and the bias",
-        partial(ours, change=lambda plan: plan._replace(backward_fused=None)),
+    "triton-forward-64x64": Provider(CANDIDATE, "forward tiles 64x64, 4 warps", with_tiles(forward=LARGE)),
+    "triton-backward-64x64": Provider(
+        CANDIDATE, "backward tiles 64x64, 4 warps", with_tiles(backward_q=LARGE, backward_kv=LARGE)
     ),
-} | {
-    # With 12 or 16 heads they are whole rounds of the 132 multiprocessors of an H100 or H200.
-    f"triton-passes-{pictures}": Provider(
-        CANDIDATE, f"dS of {pictures} pictures a pass", partial(ours, pictures=pictures)
-    )
-    for pictures in (33, 66)
 }
 
 # The first is what all others are compared with; what compiles for long comes last.
@@ -256,11 +212,8 @@ PROVIDERS = {
         lambda inputs: apart(inputs, inputs.bias.detach(), SDPBackend.CUDNN_ATTENTION),
     ),
     "cudnn-frontend": Provider(PEER, "cuDNN by its frontend, gradient of the bias in a fixed order", cudnn_frontend),
-    # Not peers: their forward is ours, and so are two of their three backward kernels.
+    # Not a peer: its forward is ours, and so are two of its three backward kernels.
     "batch-loop": Provider(CANDIDATE, "TriFast's scheme: a third kernel that sums dS over the pictures", batch_loop),
-    "batch-loop-fused": Provider(
-        CANDIDATE, "the same, the gradients of q, k and v by our fused kernel", partial(batch_loop, fused=True)
-    ),
     "xformers": Provider(PEER, "its CUTLASS kernel, on qkv", partial(packed, "xformers")),
     "reference": Provider(PEER, "eager torch", partial(packed, "reference")),
     "compiled": Provider(PEER, "eager torch by torch.compile", partial(packed, "reference", compiled=True)),

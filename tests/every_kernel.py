@@ -37,12 +37,10 @@ class Attention(NamedTuple):
     """Whether descriptors can be made of q, k and v; where they cannot, the kernels take pointers."""
 
 
-# On sm_90 the first two have the backward that is fused, which ends before 225 tokens; with a mask there is none.
 ATTENTION = (
     Attention(77, 64),
     Attention(77, 24),
     Attention(77, 64, masked=True),
-    Attention(241, 64),
     Attention(50, 128),
     Attention(50, 24, aligned=False),
     Attention(50, 64, half=False),

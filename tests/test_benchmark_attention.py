@@ -28,12 +28,9 @@ def checked(case: Any, *names: str, device: str = "cpu") -> Any:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_a_sum_over_pictures_in_a_kernel_of_its_own_keeps_the_rule(dtype):
     pytest.importorskip("triton")
-    found = checked(rehearsed(dtype, side=6, batch=3), "batch-loop", "batch-loop-fused")
-    assert found.failed == {}
-    fp32 = dtype is torch.float32  # which no fused kernel takes
-    assert found.absent == ({"batch-loop-fused": "is what batch-loop does in this case"} if fp32 else {})
-    for name in found.works:
-        assert found.errors[name].keys() == {"output", "grad qkv", "grad bias"}
+    found = checked(rehearsed(dtype, side=6, batch=3), "batch-loop")
+    assert (found.failed, found.absent) == ({}, {})
+    assert found.errors["batch-loop"].keys() == {"output", "grad qkv", "grad bias"}
 
 
 def test_a_sum_over_pictures_is_exact_in_float64():
@@ -73,22 +70,6 @@ def test_a_sum_over_pictures_is_compiled_for_sm_90_without_a_stack_or_an_atomic(
     command = [sys.executable, "-c", COMPILE.format(root=str(root))]
     shown = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert shown.stdout.split("\n")[:2] == ["0 0 0 0 True True", "3"], shown.stderr[-2000:]
-
-
-@pytest.mark.parametrize("pictures", [33, 66])
-def test_passes_are_whole_rounds_of_the_multiprocessors(pictures):
-    pytest.importorskip("triton")
-    from fused_beit.kernels.rel_pos_attention.launch import num_pictures_a_pass
-
-    attention, providers = benchmark("attention"), benchmark("attention_providers")
-    cases = {case.name: case for case in attention.ON_GPU}
-    for name in ("base", "large", "base-256"):
-        case = cases[name]
-        assert pictures * case.num_heads % 132 == 0
-        with providers.workspace_of(case, pictures)():
-            assert num_pictures_a_pass(case.batch, case.num_heads, case.num_tokens, case.dtype) == pictures
-    with pytest.raises(benchmark("rounds").AbsentError, match="triton takes 12 pictures a pass in this case"):
-        providers.workspace_of(cases["n577"], pictures)
 
 
 def test_without_its_frontend_or_a_gpu_cudnn_is_absent_with_the_reason(monkeypatch):
@@ -226,7 +207,7 @@ def test_cudnn_is_asked_for_the_gradient_of_a_shared_bias_in_a_fixed_order(monke
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["batch-loop", "batch-loop-fused", "cudnn-frontend"])
+@pytest.mark.parametrize("name", ["batch-loop", "cudnn-frontend"])
 def test_on_a_gpu_it_keeps_the_rule_at_the_size_of_beit_base(name):
     found = checked(replace(benchmark("attention").ON_GPU[0], batch=16), name, device="cuda")
     assert found.failed == {}

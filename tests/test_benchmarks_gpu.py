@@ -75,7 +75,7 @@ def rows_of(document: dict) -> dict[tuple[str, str], dict]:
 
 def test_a_rehearsal_survives_what_is_planted_and_times_the_rest(run, rehearse):
     planted = ["planted-wrong", "planted-out-of-memory", "planted-crash"]
-    providers = "triton,triton-shared,triton-two-kernels,batch-loop,sdpa,flash-no-bias,xformers"
+    providers = "triton,triton-shared,triton-backward-64x64,batch-loop,sdpa,flash-no-bias,xformers"
     choice = ("--operators", "rel_pos_attention", "--cases", "base", "--providers", providers)
     shown, documents, folder = rehearse(*choice, "--plant", ",".join(planted))
     assert shown.returncode == 1, shown.stderr
@@ -89,7 +89,7 @@ def test_a_rehearsal_survives_what_is_planted_and_times_the_rest(run, rehearse):
         assert "signal 9" in crashed["failed"]
         assert "not installed" in rows[direction, "xformers"]["absent"]
         assert not any("median" in row for row in (wrong, no_memory, crashed))
-        for name in ("triton", "triton-shared", "triton-two-kernels", "batch-loop", "sdpa", "flash-no-bias"):
+        for name in ("triton", "triton-shared", "triton-backward-64x64", "batch-loop", "sdpa", "flash-no-bias"):
             assert rows[direction, name]["median"] > 0, f"{name}, {direction}"
     assert "tma family" in rows["forward", "triton"]["plan"]
     failures = [failure.split(":")[0] for failure in document["failed"]]
@@ -141,8 +141,8 @@ def test_a_whole_rehearsal_goes_well(rehearse):
     assert len(timed) == 8
     rows = rows_of(documents["rel_pos_attention"])
     timed = {provider for (_, provider), row in rows.items() if "median" in row}
-    candidates = {"triton-any-order", "triton-two-kernels", "triton-passes-33", "triton-passes-66"}
-    assert candidates | {"batch-loop", "batch-loop-fused", "sdpa-unaligned", "reference"} <= timed
+    candidates = {"triton-any-order", "triton-forward-64x64", "triton-backward-64x64", "batch-loop"}
+    assert candidates | {"sdpa-unaligned", "reference"} <= timed
 
 
 @pytest.mark.parametrize("at_start", [""], ids=["everything there"])

@@ -27,19 +27,18 @@ def test_every_package_of_kernels_is_among_those_that_are_watched(root):
 
 
 def test_attention_is_watched_in_every_family():
-    """As an H100 takes them: by descriptors and pointers; with the backward of one kernel and of two, masked or not."""
+    """As an H100 takes them: by descriptors and pointers, masked or not."""
     plans = set()
     for case in every_kernel.ATTENTION:
         dtype = torch.bfloat16 if case.half else torch.float32
-        plan = attention_plan("sm_90", case.num_tokens, case.head_dim, dtype, masked=case.masked, tma=case.aligned)
-        plans.add((plan.tma, case.half, bool(plan.backward_fused), case.masked))
+        plan = attention_plan("sm_90", case.head_dim, dtype, tma=case.aligned)
+        plans.add((plan.tma, case.half, case.masked))
     assert plans == {
-        (True, True, True, False),
-        (True, True, False, False),
-        (True, True, False, True),
-        (False, True, False, False),
-        (False, False, False, False),
-        (False, False, False, True),
+        (True, True, False),
+        (True, True, True),
+        (False, True, False),
+        (False, False, False),
+        (False, False, True),
     }
 
 

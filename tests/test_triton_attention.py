@@ -78,7 +78,6 @@ def test_output_and_gradients_are_no_worse_than_eager_torch(family, batch, num_t
     [
         ("pointer", 197, torch.float32),
         ("tma", 197, torch.float16),
-        ("fused", 197, torch.float16),
         ("pointer", 257, torch.float16),
         ("tma", 257, torch.float32),
     ],
@@ -318,7 +317,7 @@ def launched(monkeypatch):
 
 
 FORWARD, SUM = "attention_fwd_kernel", "bias_grad_sum_kernel"
-BACKWARD_Q, BACKWARD_KV, BACKWARD = "attention_bwd_q_kernel", "attention_bwd_kv_kernel", "attention_bwd_fused_kernel"
+BACKWARD_Q, BACKWARD_KV = "attention_bwd_q_kernel", "attention_bwd_kv_kernel"
 
 
 def test_a_frozen_bias_costs_no_work(family, launched):
@@ -326,7 +325,7 @@ def test_a_frozen_bias_costs_no_work(family, launched):
     qkv = inputs["qkv"].requires_grad_()
     ours(qkv, inputs["bias"]).sum().backward()
     assert inputs["bias"].grad is None
-    assert launched == [FORWARD, *([BACKWARD] if family == "fused" else [BACKWARD_Q, BACKWARD_KV])]
+    assert launched == [FORWARD, BACKWARD_Q, BACKWARD_KV]
 
 
 def test_the_gradient_of_the_bias_alone_equals_that_beside_others(family, launched):
@@ -336,7 +335,7 @@ def test_the_gradient_of_the_bias_alone_equals_that_beside_others(family, launch
     out = ours(inputs["qkv"], bias)
     out.backward(torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out.dtype))
     torch.testing.assert_close(bias.grad, expected, rtol=1e-12, atol=1e-12)
-    assert launched == [FORWARD, BACKWARD_Q, BACKWARD_KV, SUM]  # the fused one is for all gradients
+    assert launched == [FORWARD, BACKWARD_Q, BACKWARD_KV, SUM]
 
 
 @pytest.mark.parametrize("asked", ["q", "k", "v", "qv"])
@@ -356,25 +355,17 @@ def test_only_the_gradients_asked_for_are_returned(family, asked):
         torch.testing.assert_close(grads[name], tensor.grad, rtol=1e-12, atol=1e-12)
 
 
-def test_with_a_mask_the_plan_has_no_fused_backward():
-    assert attention_plan("sm_90", 197, 64, torch.bfloat16).backward_fused
-    assert attention_plan("sm_90", 197, 64, torch.bfloat16, masked=True).backward_fused is None
-
-
 def test_the_plan_names_family_and_tiles():
-    assert str(attention_plan("sm_90", 577, 64, torch.bfloat16)).startswith("sm_90, tma family: forward ")
-    fused = attention_plan("sm_90", 197, 64, torch.bfloat16)
-    tile = fused.backward_fused
-    assert f"fused backward {tile.block_m}x{tile.block_n} by {tile.num_warps} warps" in str(fused)
-    apart = attention_plan("sm_90", 577, 64, torch.bfloat16)
-    assert f"backward of q {apart.backward_q.block_m}x{apart.backward_q.block_n} by" in str(apart)
-    assert f"of k and v {apart.backward_kv.block_m}x{apart.backward_kv.block_n} by" in str(apart)
+    plan = attention_plan("sm_90", 64, torch.bfloat16)
+    assert str(plan).startswith("sm_90, tma family: forward ")
+    for name, tile in (("forward", plan.forward), ("backward of q", plan.backward_q), ("of k and v", plan.backward_kv)):
+        assert f"{name} {tile.block_m}x{tile.block_n} by {tile.num_warps} warps" in str(plan)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_120", "gfx942", "interpreter"])
 def test_architectures_whose_products_take_registers_have_the_pointer_family(arch):
-    plan = attention_plan(arch, 197, 64, torch.bfloat16)
-    assert (plan.tma, plan.backward_fused) == (False, None)
+    plan = attention_plan(arch, 64, torch.bfloat16)
+    assert not plan.tma
     assert str(plan).startswith(f"{arch}, pointer family: ")
 
 
@@ -383,20 +374,20 @@ def test_an_architecture_that_no_kernel_is_made_for_is_refused(arch):
     with pytest.raises(
         ValueError, match=f"arch must be sm_80 or later, as sm_90, or AMD's, as gfx942, but is '{arch}'"
     ):
-        attention_plan(arch, 197, 64, torch.bfloat16)
+        attention_plan(arch, 64, torch.bfloat16)
 
 
 @pytest.mark.parametrize("head_dim", [12, 200])
 def test_heads_that_no_kernel_is_made_for_are_refused(head_dim):
     with pytest.raises(ValueError, match=f"head_dim must be a multiple of 8, at most 128, but is {head_dim}"):
-        attention_plan("sm_90", 197, head_dim, torch.bfloat16)
+        attention_plan("sm_90", head_dim, torch.bfloat16)
 
 
 @pytest.mark.parametrize("arch", ["sm_90", "sm_100", "sm_103"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_data_centre_gpus_from_sm_90_on_have_tma_for_half_precision(arch, dtype):
-    assert attention_plan(arch, 577, 64, dtype).tma == (dtype.itemsize == 2)
-    assert not attention_plan(arch, 577, 64, dtype, tma=False).tma
+    assert attention_plan(arch, 64, dtype).tma == (dtype.itemsize == 2)
+    assert not attention_plan(arch, 64, dtype, tma=False).tma
 
 
 @pytest.mark.parametrize("tensor", ["none", "qkv", "grad_out"])
@@ -414,7 +405,6 @@ def test_tensors_that_descriptors_cannot_read_take_the_pointer_family(tensor, mo
     out = ours(leaf, None)
     (grad,) = torch.autograd.grad(out, leaf, off_by_one["grad_out"])
     assert [plan.tma for plan in plans] == [tensor != "qkv", tensor == "none"]
-    assert [plan.backward_fused is not None for plan in plans] == [plan.tma for plan in plans]
     eager = qkv.detach().requires_grad_()
     (eager_grad,) = torch.autograd.grad(reference(eager, None), eager, grad_out)
     exact = qkv.detach().double().requires_grad_()

@@ -80,13 +80,8 @@ def assert_right(function, inputs, mask=None):
         assert_no_worse_than_eager(name, found[name], eager[name], exact[name])
 
 
-def plan_here(num_tokens=None):
-    qkv = inputs_of(batch=1, num_tokens=num_tokens)["qkv"]
-    return attention_plan(launch.arch_of(qkv.device), qkv.shape[1], qkv.shape[-1], qkv.dtype)
-
-
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("num_tokens", [1, 50, 197, 224, 225, 577, 1025])
+@pytest.mark.parametrize("num_tokens", [1, 50, 197, 224, 577, 1025])
 def test_pictures_of_every_size_are_no_worse_than_eager_torch(num_tokens, dtype):
     if num_tokens == 1:  # its gradients of q, k and bias are zeros, of which eager torch has none wrong
         inputs = inputs_of(num_tokens=1, dtype=dtype)
@@ -109,16 +104,8 @@ def test_a_bias_in_half_precision_is_no_worse_than_eager_torch():
     assert_right(ours, inputs_of(bias_dtype=HALF))
 
 
-def test_two_backward_kernels_are_as_right_as_the_fused_one():
-    plan = plan_here()
-    if plan.backward_fused is None:
-        pytest.skip(f"no fused backward here: {plan}")
-    with pinned(plan._replace(backward_fused=None)):
-        assert_right(ours, inputs_of())
-
-
 def test_the_pointer_family_is_as_right_as_that_of_tma():
-    plan = attention_plan(plan_here().arch, NUM_TOKENS, HEAD_DIM, HALF, tma=False)
+    plan = attention_plan(launch.arch_of(torch.device(DEVICE)), HEAD_DIM, HALF, tma=False)
     assert not plan.tma
     with pinned(plan):
         assert_right(ours, inputs_of())

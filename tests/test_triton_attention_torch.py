@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
-from triton_families import FAMILIES, FUSED, NEEDS_INTERPRETER, POINTER, exact_products  # noqa: F401
+from triton_families import FAMILIES, NEEDS_INTERPRETER, exact_products  # noqa: F401
 
 from fused_beit.kernels import attention, rel_pos_attention
 from fused_beit.kernels._triton.launching import product_precision
@@ -169,9 +169,7 @@ def bytes_of_pictures(count, num_tokens, dtype):
     return count * num_tokens * row
 
 
-@pytest.mark.parametrize(
-    ("family", "dtype"), [("pointer", torch.float32), ("tma", torch.float16), ("fused", torch.float16)]
-)
+@pytest.mark.parametrize(("family", "dtype"), [("pointer", torch.float32), ("tma", torch.float16)])
 def test_a_small_workspace_is_used_pass_after_pass(family, dtype, monkeypatch):
     inputs = rel_pos_attention_inputs(5, 21, 1, 16, dtype=dtype)
     pictures = []
@@ -189,9 +187,7 @@ def test_a_small_workspace_is_used_pass_after_pass(family, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("pictures_a_pass", [1, 3])
-@pytest.mark.parametrize(
-    ("family", "dtype"), [("pointer", torch.float32), ("tma", torch.float16), ("fused", torch.float16)]
-)
+@pytest.mark.parametrize(("family", "dtype"), [("pointer", torch.float32), ("tma", torch.float16)])
 def test_the_size_of_the_workspace_changes_no_bit(family, dtype, pictures_a_pass, monkeypatch):
     inputs = rel_pos_attention_inputs(5, 21, 1, 16, dtype=dtype)
     with pinned(FAMILIES[family]):
@@ -239,7 +235,7 @@ def test_many_passes_add_to_a_tensor_of_many_layers(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("family", "dtype"), [("pointer", torch.float32), ("tma", torch.float32), ("fused", torch.float16)]
+    ("family", "dtype"), [("pointer", torch.float32), ("tma", torch.float32), ("tma", torch.float16)]
 )
 def test_in_no_fixed_order_it_is_no_worse_than_eager_torch(family, dtype):
     with pinned(FAMILIES[family]):
@@ -250,11 +246,11 @@ def test_in_no_fixed_order_it_is_no_worse_than_eager_torch(family, dtype):
         )
 
 
-@pytest.mark.parametrize("plan", [POINTER, FUSED], ids=["pointer", "fused"])
-def test_in_no_fixed_order_it_adds_to_a_tensor_of_many_layers(plan):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_no_fixed_order_it_adds_to_a_tensor_of_many_layers(family):
     inputs = rel_pos_attention_inputs(3, 21, 1, 16, dtype=torch.float64)
     expected = outputs_and_grads(reference, inputs)["grad bias"]
     gradient = torch.ones(1, 21, 21, dtype=torch.float64)
-    with pinned(plan):
+    with pinned(FAMILIES[family]):
         outputs_and_grads(lambda qkv, bias: ours(qkv, bias, accumulate_into=gradient, deterministic=False), inputs)
     torch.testing.assert_close(gradient, 1 + expected, rtol=1e-12, atol=1e-12)

@@ -14,15 +14,10 @@ NEEDS_INTERPRETER = pytest.mark.skipif(
 # No two sizes of a kernel are equal, so that one taken for the other shows.
 POINTER = Plan("interpreter", False, Tile(16, 32, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1))
 TMA = POINTER._replace(arch="sm_90", tma=True)
-FUSED = TMA._replace(backward_fused=Tile(16, 32, 4, 1))
-FAMILIES = {"pointer": POINTER, "tma": TMA, "fused": FUSED}
+FAMILIES = {"pointer": POINTER, "tma": TMA}
 
 _LARGE = POINTER._replace(forward=Tile(64, 32, 4, 1), backward_q=Tile(64, 64, 4, 1), backward_kv=Tile(32, 64, 4, 1))
-LARGE_FAMILIES = {
-    "pointer": _LARGE,
-    "tma": _LARGE._replace(arch="sm_90", tma=True),
-    "fused": _LARGE._replace(arch="sm_90", tma=True, backward_fused=Tile(64, 128, 4, 1)),
-}
+LARGE_FAMILIES = {"pointer": _LARGE, "tma": _LARGE._replace(arch="sm_90", tma=True)}
 """For pictures of hundreds of tokens, of which the interpreter runs some ten tiles a second."""
 
 

@@ -9,8 +9,8 @@ In torch, for one picture and head, with probabilities p = exp(scores - lse) reb
     grad_k = scale * grad_scores.T @ q
     grad_bias = grad_scores.sum(pictures)                 # without the scale, which the bias does not get
 
-`attention_bwd_fused_kernel` makes all of it from five products, for so few tokens that grad_q of a picture's head fits
-the registers. Beyond that `attention_bwd_q_kernel` and `attention_bwd_kv_kernel` share the work with seven.
+`attention_bwd_q_kernel` holds queries and makes delta and grad_q, `attention_bwd_kv_kernel` holds keys and makes the
+rest. Each computes scores and grad_out @ v.T for itself, so that the formulas' five products are seven.
 
 grad_scores leave a kernel in one of two ways, by BIAS_GRAD:
 
@@ -186,14 +186,14 @@ def attention_bwd_kv_kernel(
     acc_k = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     acc_v = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     for start_m in tl.range(0, MAIN_M, BLOCK_M):
-        _, acc_k, acc_v = _take_queries(
+        acc_k, acc_v = _take_queries(
             acc_k, acc_v, k_tile, v_tile, q, q_strides, grad_out, grad_out_strides, bias, bias_strides, grad_scores,
             grad_scores_strides, mask_ptr, mask_strides, lse_ptr, delta_ptr, scale, slot, b, h, w, num_heads,
             start_m, start_n,
             N, D, BLOCK_D, BLOCK_M, BLOCK_N, True, HAS_BIAS, HAS_MASK, EXACT, WANT_QKV, BIAS_GRAD, TMA, ACC, PRECISION,
         )  # fmt: skip
     if TAIL_M:
-        _, acc_k, acc_v = _take_queries(
+        acc_k, acc_v = _take_queries(
             acc_k, acc_v, k_tile, v_tile, q_tail, q_strides, grad_out_tail, grad_out_strides, bias_tail, bias_strides,
             grad_scores_tail, grad_scores_strides, mask_ptr, mask_strides, lse_ptr, delta_ptr, scale, slot, b, h, w,
             num_heads, MAIN_M, start_n,
@@ -245,10 +245,7 @@ def _take_queries(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Take ROWS queries into the sums of COLS keys and values, and give their grad_scores away.
-
-    -> grad_scores of the tile [COLS, ROWS], and the sums
-    """
+    """Take ROWS queries into the sums of COLS keys and values, and give their grad_scores away."""
     q_tile = load_tile(q, q_strides, b, h, start_m, 0, N, D, ROWS, BLOCK_D, TMA, INSIDE=INSIDE)
     grad_tile = load_tile(grad_out, grad_out_strides, b, h, start_m, 0, N, D, ROWS, BLOCK_D, TMA, INSIDE=INSIDE)
     scores = tile_scores(
@@ -269,7 +266,7 @@ def _take_queries(
     _give_grad_scores(
         grad_scores, grad_scores_strides, slot, h, start_n, start_m, tile, N, COLS, ROWS, BIAS_GRAD, TMA
     )  # fmt: skip
-    return tile, acc_k, acc_v
+    return acc_k, acc_v
 
 
 @triton.jit
@@ -283,132 +280,6 @@ def _give_grad_scores(
         add_tile(grad_scores, strides, 0, h, start_n, start_m, tile, N, padded(N), ROWS, COLS)
     if BIAS_GRAD == REDUCE:
         grad_scores.atomic_add([0, h, start_n, start_m], tile.reshape(1, 1, ROWS, COLS))
-
-
-@triton.jit
-def attention_bwd_fused_kernel(
-    q,  # [B, H, N, D]; a descriptor under TMA, else a pointer, like the seventeen below
-    k,
-    v,
-    q_tail,
-    bias,  # [1, H, N, N]
-    bias_tail,
-    out,
-    out_tail,
-    grad_out,
-    grad_out_tail,
-    grad_q,
-    grad_q_tail,
-    grad_k,
-    grad_v,
-    grad_scores,  # [C, H, N, N], keys as rows; C: pictures of this launch for STORE, 1 for ADD (a pointer) and REDUCE
-    grad_scores_tail,
-    mask_ptr,  # [W, 1, N, N]
-    lse_ptr,  # [B, H, N], contiguous, like delta; [B, H, N, 2] where EXACT
-    delta_ptr,
-    q_strides,
-    k_strides,
-    v_strides,
-    bias_strides,
-    out_strides,
-    grad_out_strides,
-    grad_q_strides,
-    grad_k_strides,
-    grad_v_strides,
-    grad_scores_strides,
-    mask_strides,
-    scale,
-    first_picture,
-    num_heads,
-    num_masks,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TAIL_M: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    EXACT: tl.constexpr,
-    BIAS_GRAD: tl.constexpr,
-    TMA: tl.constexpr,
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """One program for one head of one picture. grad_q of all queries stays in registers, a tile for BLOCK_M of them.
-
-    grad_q is kept transposed, [BLOCK_D, BLOCK_M]: its product then has 64 rows, which is what a tensor core of sm_90
-    takes, however few queries a tile has.
-    """
-    NUM_M: tl.constexpr = N // BLOCK_M
-    MAIN_M: tl.constexpr = NUM_M * BLOCK_M
-    slot = tl.program_id(0) // num_heads
-    h = tl.program_id(0) % num_heads
-    b = first_picture + slot
-    w = b % num_masks
-
-    for i in tl.static_range(NUM_M):
-        _store_delta(
-            delta_ptr, out, out_strides, grad_out, grad_out_strides, b, h, num_heads, i * BLOCK_M,
-            N, D, BLOCK_D, BLOCK_M, True, TMA, ACC,
-        )  # fmt: skip
-    if TAIL_M:
-        _store_delta(
-            delta_ptr, out_tail, out_strides, grad_out_tail, grad_out_strides, b, h, num_heads, MAIN_M,
-            N, D, BLOCK_D, TAIL_M, False, TMA, ACC,
-        )  # fmt: skip
-    tl.debug_barrier()  # other threads of this program read what these wrote
-
-    acc_q = (tl.zeros([BLOCK_D, BLOCK_M], ACC),) * NUM_M
-    acc_q_tail = tl.zeros([BLOCK_D, TAIL_M if TAIL_M else 16], ACC)
-    for start_n in tl.range(0, N, BLOCK_N):
-        k_tile = load_tile(k, k_strides, b, h, start_n, 0, N, D, BLOCK_N, BLOCK_D, TMA)
-        v_tile = load_tile(v, v_strides, b, h, start_n, 0, N, D, BLOCK_N, BLOCK_D, TMA)
-        acc_k = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-        acc_v = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-        for i in tl.static_range(NUM_M):
-            tile, acc_k, acc_v = _take_queries(
-                acc_k, acc_v, k_tile, v_tile, q, q_strides, grad_out, grad_out_strides, bias, bias_strides, grad_scores,
-                grad_scores_strides, mask_ptr, mask_strides, lse_ptr, delta_ptr, scale, slot, b, h, w, num_heads,
-                i * BLOCK_M, start_n,
-                N, D, BLOCK_D, BLOCK_M, BLOCK_N, True, HAS_BIAS, HAS_MASK, EXACT, True, BIAS_GRAD, TMA, ACC, PRECISION,
-            )  # fmt: skip
-            more = _add_grad_q_transposed(acc_q[i], tile, k_tile, ACC, PRECISION)
-            acc_q = acc_q[:i] + (more,) + acc_q[i + 1 :]  # noqa: RUF005  (Triton unpacks nothing)
-        if TAIL_M:
-            tile, acc_k, acc_v = _take_queries(
-                acc_k, acc_v, k_tile, v_tile, q_tail, q_strides, grad_out_tail, grad_out_strides, bias_tail,
-                bias_strides, grad_scores_tail, grad_scores_strides, mask_ptr, mask_strides, lse_ptr, delta_ptr, scale,
-                slot, b, h, w, num_heads, MAIN_M, start_n,
-                N, D, BLOCK_D, TAIL_M, BLOCK_N, False, HAS_BIAS, HAS_MASK, EXACT, True, BIAS_GRAD, TMA, ACC, PRECISION,
-            )  # fmt: skip
-            acc_q_tail = _add_grad_q_transposed(acc_q_tail, tile, k_tile, ACC, PRECISION)
-        store_tile(grad_k, grad_k_strides, b, h, start_n, 0, acc_k * scale, N, D, BLOCK_N, BLOCK_D, TMA)
-        store_tile(grad_v, grad_v_strides, b, h, start_n, 0, acc_v, N, D, BLOCK_N, BLOCK_D, TMA)
-    for i in tl.static_range(NUM_M):
-        tile = tl.trans(acc_q[i] * scale)
-        store_tile(grad_q, grad_q_strides, b, h, i * BLOCK_M, 0, tile, N, D, BLOCK_M, BLOCK_D, TMA)
-    if TAIL_M:
-        tile = tl.trans(acc_q_tail * scale)
-        store_tile(grad_q_tail, grad_q_strides, b, h, MAIN_M, 0, tile, N, D, TAIL_M, BLOCK_D, TMA)
-
-
-@triton.jit
-def _store_delta(
-    delta_ptr, out, out_strides, grad_out, grad_out_strides, b, h, num_heads, start_m,
-    N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, INSIDE: tl.constexpr,
-    TMA: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    grad_tile = load_tile(grad_out, grad_out_strides, b, h, start_m, 0, N, D, ROWS, BLOCK_D, TMA, INSIDE=INSIDE)
-    out_tile = load_tile(out, out_strides, b, h, start_m, 0, N, D, ROWS, BLOCK_D, TMA, INSIDE=INSIDE)
-    offs_m = start_m + tl.arange(0, ROWS)
-    delta = tl.sum(out_tile.to(ACC) * grad_tile.to(ACC), 1)
-    tl.store(delta_ptr + tl.cast(b * num_heads + h, tl.int64) * N + offs_m, delta, mask=offs_m < N)
-
-
-@triton.jit
-def _add_grad_q_transposed(acc, grad_scores, k_tile, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    return tl.dot(tl.trans(k_tile), grad_scores.to(k_tile.dtype), acc, input_precision=PRECISION, out_dtype=ACC)
 
 
 @triton.jit

@@ -15,12 +15,7 @@ from .._triton.launching import on_device, product_precision
 from .._triton.target import arch_of, interpreted
 from ..precision import accumulate_dtype
 from . import backward
-from .backward import (
-    attention_bwd_fused_kernel,
-    attention_bwd_kv_kernel,
-    attention_bwd_q_kernel,
-    bias_grad_sum_kernel,
-)
+from .backward import attention_bwd_kv_kernel, attention_bwd_q_kernel, bias_grad_sum_kernel
 from .forward import attention_fwd_kernel
 from .plan import Tile, attention_plan, keeps_exact_lse, padded_head_dim, tail
 
@@ -50,14 +45,8 @@ class _Call:
     ) -> None:
         self.batch, self.num_heads, self.num_tokens, self.head_dim = q.shape
         self.block_d = padded_head_dim(self.head_dim)
-        self.plan = attention_plan(
-            arch_of(q.device),
-            self.num_tokens,
-            self.head_dim,
-            q.dtype,
-            masked=mask is not None,
-            tma=tma_can_read(q, k, v, *others),
-        )
+        readable = tma_can_read(q, k, v, *others)
+        self.plan = attention_plan(arch_of(q.device), self.head_dim, q.dtype, tma=readable)
         self.device = q.device
         self.scale = scale
         self.bias = None if bias is None else align_rows(bias, q.dtype)[None]
@@ -163,8 +152,7 @@ def attention_bwd(
     call = _Call(q, k, v, bias, mask, scale, out, grad_out, *(grad_qkv or ()))
     grad_q, grad_k, grad_v = grad_qkv or (None, None, None)
     delta = lse.new_empty(q.shape[:3]) if delta is None else delta
-    fused = call.plan.backward_fused if grad_qkv else None
-    tile = fused or call.plan.backward_kv
+    tile = call.plan.backward_kv
     tail_m = tail(call.num_tokens, tile.block_m)
     unordered = REDUCE if call.plan.tma and not interpreted() else ADD
     bias_grad = NONE if grad_bias is None else STORE if deterministic else unordered
@@ -183,8 +171,7 @@ def attention_bwd(
         return grad_scores if bias_grad == ADD else call.square(grad_scores, block_rows, block_cols)
 
     with on_device(call.device):
-        if not fused:
-            _launch_bwd_q(call, q, k, v, out, grad_out, lse, delta, grad_q)
+        _launch_bwd_q(call, q, k, v, out, grad_out, lse, delta, grad_q)
         if grad_qkv is None and grad_bias is None:
             return
         arguments = call.shared_arguments(tile) | {
@@ -210,26 +197,13 @@ def attention_bwd(
             "grad_v_strides": call.strides(grad_v),
             "grad_scores_strides": call.strides(grad_scores),
             "TAIL_M": tail_m,
+            "WANT_QKV": grad_qkv is not None,
             "BIAS_GRAD": bias_grad,
         }
+        programs_a_picture = call.num_heads * -(-call.num_tokens // tile.block_n)
         for first in range(0, call.batch, pictures_a_pass):
             num_pictures = min(pictures_a_pass, call.batch - first)
-            if fused:
-                attention_bwd_fused_kernel[(num_pictures * call.num_heads,)](
-                    out=call.rows(out, tile.block_m),
-                    out_tail=call.rows(out, tail_m),
-                    grad_q=call.rows(grad_q, tile.block_m),
-                    grad_q_tail=call.rows(grad_q, tail_m),
-                    out_strides=strides(out),
-                    grad_q_strides=call.strides(grad_q),
-                    first_picture=first,
-                    **arguments,
-                )
-            else:
-                num_blocks = -(-call.num_tokens // tile.block_n)
-                attention_bwd_kv_kernel[(num_pictures * call.num_heads * num_blocks,)](
-                    first_picture=first, WANT_QKV=grad_qkv is not None, **arguments
-                )
+            attention_bwd_kv_kernel[(num_pictures * programs_a_picture,)](first_picture=first, **arguments)
             if total is not None and grad_scores is not None:
                 num_slots = num_pictures if bias_grad == STORE else 1
                 _launch_bias_grad_sum(call, grad_scores, total, num_slots, first > 0)
