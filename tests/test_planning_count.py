@@ -195,20 +195,22 @@ def test_counting_leaves_operators_as_they_were(monkeypatch):
         residual_add(x, x, None, None, impl="triton")
 
 
-# The time that follows, against what a list of kernels gave for an H100, kernel by kernel: arithmetic, no measurement.
+# The time that follows, against what a list of kernels gave for an H100, kernel by kernel: arithmetic, but that our
+# attention is in it as it was measured since. The list had 0.313 ms for it in a layer of 128 images with 12 heads.
+MORE = 0.580 - 0.313
 
 
 @pytest.mark.parametrize(
     ("model", "images", "impl", "compiled", "ms"),
     [
         (BASE, 128, "auto", False, 60.8),
-        (BASE, 128, "triton", False, 34.2),
+        (BASE, 128, "triton", False, 34.2 + 12 * MORE),
         (BASE, 128, "auto", True, 49.5),
-        (BASE, 128, "triton", True, 33.5),
+        (BASE, 128, "triton", True, 33.5 + 12 * MORE),
         (BASE, 256, "auto", False, 116.6),
-        (BASE, 256, "triton", False, 64.3),
+        (BASE, 256, "triton", False, 64.3 + 12 * 2 * MORE),
         (LARGE, 128, "auto", False, 171.0),
-        (LARGE, 128, "triton", False, 102.5),
+        (LARGE, 128, "triton", False, 102.5 + 24 * 16 / 12 * MORE),
     ],
 )
 def test_the_predicted_step_is_near_the_budget_by_kernels(model, images, impl, compiled, ms):
