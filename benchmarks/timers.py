@@ -210,6 +210,42 @@ def memory(run: Run, device: torch.device) -> dict[str, int]:
     return {"peak_bytes": peak, "extra_bytes": peak - sum(tensor.nbytes for tensor in tensors_in(result))}
 
 
+LONGEST_KERNELS = 15
+
+
+def host_and_device(run: Run, device: torch.device) -> dict[str, Any]:
+    """What the host and the device each take for a run, which the longer of the two bounds; {} on a CPU.
+
+    host_s:      seconds until the host has queued all of it, median of five; it waits where the queue is full
+    device_s:    seconds of all kernels together, as CUPTI sees them in one run
+    num_kernels: how many they are, copies among them
+    kernels:     name -> [how often, seconds in all] of the longest
+    """
+    if device.type != "cuda":
+        return {}
+    queued = []
+    for _ in range(5):
+        prepare(run)
+        synchronize()
+        start = time.perf_counter()
+        run()
+        queued.append(time.perf_counter() - start)
+    prepare(run)
+    synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
+        run()
+        synchronize()
+    events = [event for event in profiled.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+    events.sort(key=lambda event: event.device_time_total, reverse=True)
+    longest = {event.key: [event.count, event.device_time_total / 1e6] for event in events[:LONGEST_KERNELS]}
+    return {
+        "host_s": statistics.median(queued),
+        "device_s": sum(event.device_time_total for event in events) / 1e6,
+        "num_kernels": sum(event.count for event in events),
+        "kernels": longest,
+    }
+
+
 def tensors_in(result: Any) -> list[Tensor]:
     if isinstance(result, Tensor):
         return [result]

@@ -13,7 +13,7 @@ from .measuring import Told, first_line
 from .rounds import AbsentError, Drive, Row, every_round, give_back, quartiles, time_in_turn, time_once
 from .spread import add_spread
 from .step_names import PEERS
-from .timers import memory, wall_seconds
+from .timers import host_and_device, memory, wall_seconds
 from .train_step import DEVICE, Case, References, Step
 
 Make = Callable[[Case], Step]
@@ -101,7 +101,7 @@ def time_steps(
     seconds: float | None = None,
     drive: Drive = every_round,
 ) -> list[Row]:
-    """A row a provider, with its pictures/s, FLOP/s and, on a GPU, its memory.
+    """A row a provider, with its pictures/s, FLOP/s and, on a GPU, its memory and what host and device each take.
 
     rounds:  how often each is timed, where that takes no longer than
     seconds: in all, where this is given; but five rounds, or `rounds` where that is less, in any case
@@ -127,6 +127,7 @@ def time_steps(
     add_spread(rows)
     for row in rows:
         if row.seconds:
+            row.facts |= host_and_device(steps[row.provider], DEVICE)
             row.facts |= peaks[row.provider] | rates(case, quartiles(row.seconds)[1], limits)
             if row.provider in found.state_bytes:
                 row.facts["state_bytes"] = found.state_bytes[row.provider]

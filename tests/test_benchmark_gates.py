@@ -258,6 +258,31 @@ def test_the_empty_graph_of_an_empty_run_is_no_error(monkeypatch):
     assert replayed() == "replayed"
 
 
+def test_host_and_device_are_told_apart(monkeypatch):
+    """Kernels as torch's profiler gives them, beside an operator of the host's; microseconds."""
+    timers = benchmark("timers")
+    cpu, cuda = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+    rows = [("short", cuda, 30, 3), ("aten::mm", cpu, 900, 1), ("long", cuda, 500, 2)]
+    found = [mock.Mock(key=k, device_type=d, device_time_total=t, count=c) for k, d, t, c in rows]
+    profiled = mock.MagicMock()
+    profiled.__enter__.return_value.key_averages.return_value = found
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: profiled)
+    monkeypatch.setattr(timers, "LONGEST_KERNELS", 1)
+    told = timers.host_and_device(lambda: time.sleep(0.01), torch.device("cuda"))
+    assert told.pop("host_s") == pytest.approx(0.01, rel=0.5)
+    assert told == {"device_s": pytest.approx(530e-6), "num_kernels": 5, "kernels": {"long": [2, pytest.approx(5e-4)]}}
+
+
+@pytest.mark.gpu
+def test_a_gpus_kernels_are_counted_and_timed():
+    timers, device = benchmark("timers"), torch.device("cuda")
+    a = torch.randn(4096, 4096, device=device)
+    told = timers.host_and_device(lambda: a @ a, device)
+    assert told["num_kernels"] >= 1
+    assert told["device_s"] == pytest.approx(timers.device_timer(device)(lambda: a @ a), rel=0.5)
+    assert 0 < told["host_s"] < told["device_s"]
+
+
 @pytest.mark.parametrize(
     ("times", "by"),
     [

@@ -251,13 +251,13 @@ def test_imitated_bf16_is_timed_on_base_only_where_asked_for(monkeypatch, fast, 
     assert case.note.endswith("a small case") == (not base)
 
 
-def test_the_plan_has_every_part_and_ends_in_twelve_minutes():
+def test_the_plan_has_every_part_and_ends_in_thirteen_minutes():
     gpu = benchmark("gpu")
     whole = parts.every_part(rehearse=False)
     assert [part.key for part in whole if part.seconds] == list(parts.PLAN) == [part.key for part in whole][:13]
     assert whole[-1].key == (names.SUBJECT, "base-fp32", names.AS_THEY_ARE)
     assert [part.label for part in whole[:2]] == ["rel_pos_attention base", "train_step base-bf16, as they are"]
-    assert parts.MINUTES <= 12
+    assert parts.MINUTES <= 13
     halves = [[part for part in whole if (part.operator == names.SUBJECT) == step] for step in (True, False)]
     for half in halves:  # docs/benchmarks.md: two commands, where one may take no longer than 8 minutes
         assert parts.LIMITS + sum(part.seconds for part in half) + gpu.GRACE <= 480
