@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._triton.target import why_unavailable
-from ..differentiation import differentiable_once, refuse_other_derivatives
+from ..differentiation import differentiable_once, refuse_other_derivatives, register_gradient
 from ..impl import Impl, ImplUnavailable, refusal
 from ..precision import accumulate_dtype, compute_dtype
 
@@ -270,5 +270,5 @@ if not hasattr(torch.ops.fused_beit, "place_tokens_fwd"):  # once only, as in im
     torch.library.define("fused_beit::gather_masked_bwd", GATHER_BACKWARD)
     torch.library.impl("fused_beit::gather_masked_bwd", ("cpu", "cuda"), _gather_backward)
     torch.library.register_fake("fused_beit::gather_masked_bwd", lambda *_: None)
-    torch.library.register_autograd("fused_beit::place_tokens_fwd", _place_grads, setup_context=_save_place)
-    torch.library.register_autograd("fused_beit::gather_masked_fwd", _gather_grads, setup_context=_save_gather)
+    register_gradient("place_tokens_fwd", _place_grads, _save_place)
+    register_gradient("gather_masked_fwd", _gather_grads, _save_gather)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._triton.target import why_unavailable
-from ..differentiation import differentiable_once, refuse_other_derivatives
+from ..differentiation import differentiable_once, refuse_other_derivatives, register_gradient
 from ..impl import Impl, ImplUnavailable, refusal
 from ..precision import accumulate_dtype, compute_dtype
 
@@ -174,7 +174,7 @@ def _norm_grads(
 
 
 def _add_grads(ctx: Any, grad_x_new: Tensor | None) -> tuple[Tensor | None, ...]:
-    want_x, want_y, want_gamma, _ = ctx.needs_input_grad
+    want_x, want_y, want_gamma, *_ = ctx.needs_input_grad
     y, gamma, keep, *_ = ctx.saved_tensors
     if grad_x_new is None:
         return (None,) * 4
@@ -208,5 +208,5 @@ if not hasattr(torch.ops.fused_beit, "residual_norm_fwd"):  # once only, as in i
     torch.library.define("fused_beit::residual_bwd", BACKWARD)
     torch.library.impl("fused_beit::residual_bwd", ("cpu", "cuda"), _backward)
     torch.library.register_fake("fused_beit::residual_bwd", lambda *_: None)
-    torch.library.register_autograd("fused_beit::residual_norm_fwd", _norm_grads, setup_context=_save_norm)
-    torch.library.register_autograd("fused_beit::residual_add_fwd", _add_grads, setup_context=_save_add)
+    register_gradient("residual_norm_fwd", _norm_grads, _save_norm)
+    register_gradient("residual_add_fwd", _add_grads, _save_add)
