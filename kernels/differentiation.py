@@ -82,8 +82,8 @@ def refuse_other_derivatives(operator: str, *inputs: Tensor | None) -> None:
     given = [tensor for tensor in inputs if tensor is not None]
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given):
         raise RuntimeError(f"{operator}: impl='triton' has no forward-mode derivative; use impl='reference'")
-    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
-    if differentiated and torch._C._are_functorch_transforms_active():
+    transformed = torch._C._are_functorch_transforms_active() and torch.is_grad_enabled()
+    if transformed and any(tensor.requires_grad for tensor in given):
         raise RuntimeError(
             f"{operator}: impl='triton' has no gradient in torch.func transforms; use impl='reference', or "
             f"torch.autograd.grad"

@@ -86,10 +86,9 @@ def _place(place: str, source: Tensor, *others: Any) -> Tensor:
 def _check(operator: str, dtypes: list[torch.dtype], *inputs: Tensor | None) -> None:
     """Raise ImplUnavailable where no kernel can run on these tensors, RuntimeError for a derivative that none gives."""
     given = [tensor for tensor in inputs if tensor is not None]
-    for dtype in {tensor.dtype for tensor in given} | set(dtypes):
-        why = why_unavailable(given[0].device, dtype)
-        if why is not None:
-            raise ImplUnavailable(refusal(operator, Impl.TRITON, why))
+    why = why_unavailable(given[0].device, *dtypes, *(tensor.dtype for tensor in given))
+    if why is not None:
+        raise ImplUnavailable(refusal(operator, Impl.TRITON, why))
     refuse_other_derivatives(operator, *given)
 
 

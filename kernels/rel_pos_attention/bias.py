@@ -105,7 +105,7 @@ def _scatter_reference(grad_HNN: Tensor, window: Sequence[int], cls_token: bool,
 
 
 def _refuse_where_unavailable(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    why = why_unavailable(tensor.device, tensor.dtype) or why_unavailable(tensor.device, dtype)
+    why = why_unavailable(tensor.device, tensor.dtype, dtype)
     if why is not None:
         raise ImplUnavailable(refusal(name, Impl.TRITON, why))
     refuse_other_derivatives(name, tensor)

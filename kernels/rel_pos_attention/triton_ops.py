@@ -18,8 +18,8 @@ from ..validation import check_determinism
 from .plan import HEAD_DIM_STEP, LARGEST_HEAD_DIM, keeps_exact_lse
 
 FORWARD = (
-    "(Tensor q, Tensor? k, Tensor? v, Tensor? bias, Tensor? rounded_bias, Tensor? mask, float scale, bool deterministic) "
-    "-> (Tensor out, Tensor lse)"
+    "(Tensor q, Tensor? k, Tensor? v, Tensor? bias, Tensor? rounded_bias, Tensor? mask, float scale, "
+    "bool deterministic) -> (Tensor out, Tensor lse)"
 )
 BACKWARD = (
     "(Tensor grad_out, Tensor q, Tensor? k, Tensor? v, Tensor? bias, Tensor? mask, Tensor out, Tensor lse, "
