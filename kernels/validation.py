@@ -18,15 +18,16 @@ def check_shape(operator: str, name: str, tensor: Any, *expected: int | str) -> 
     A string names a size that may be anything. Where dimensions of size 1 are all that is too much, as in a [1, 1, D]
     of other libraries, the message says which index takes them away.
     """
+    if isinstance(tensor, Tensor) and _fits(tensor.shape, expected):
+        return
     wanted = ", ".join(str(want) for want in expected)
     if not isinstance(tensor, Tensor):
         found = "None" if tensor is None else f"a {type(tensor).__name__}"
         raise TypeError(f"{operator}: {name} must be a tensor [{wanted}], but is {found}")
-    if not _fits(tensor.shape, expected):
-        raise ValueError(
-            f"{operator}: {name} must have shape [{wanted}], but has {list(tensor.shape)}"
-            f"{_index_that_fits(name, tensor.shape, expected)}"
-        )
+    raise ValueError(
+        f"{operator}: {name} must have shape [{wanted}], but has {list(tensor.shape)}"
+        f"{_index_that_fits(name, tensor.shape, expected)}"
+    )
 
 
 def _fits(shape: Sequence[int], expected: Sequence[int | str]) -> bool:
@@ -138,11 +139,10 @@ for _check, _name, _schema in (
 
 def check_same_device(operator: str, first_name: str, first: Tensor, **tensors: Tensor | None) -> None:
     """Raise ValueError unless every tensor given is on the device of `first`."""
+    device = first.device
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != first.device:
-            raise ValueError(
-                f"{operator}: {name} must be on {first.device} as {first_name} is, but is on {tensor.device}"
-            )
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{operator}: {name} must be on {device} as {first_name} is, but is on {tensor.device}")
 
 
 def check_determinism(operator: str, deterministic: bool) -> None:

@@ -127,7 +127,7 @@ def test_a_token_alone_has_its_value_and_gradients_of_rounding_noise(family, dty
 @pytest.mark.parametrize("num_tokens", [5, 49])
 def test_lse_is_no_worse_than_eager_torch_in_fp32(family, num_tokens, dtype):
     inputs = rel_pos_attention_inputs(2, num_tokens, 2, 16, dtype=dtype)
-    _, lse = torch.ops.fused_beit.attention_fwd([inputs["qkv"]], inputs["bias"], None, None, 0.25, True)
+    _, lse = torch.ops.fused_beit.attention_fwd(inputs["qkv"], None, None, inputs["bias"], None, None, 0.25, True)
 
     def eager(dtype):
         q, k, _ = inputs["qkv"].to(dtype).permute(2, 0, 3, 1, 4)

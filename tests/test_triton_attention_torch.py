@@ -58,19 +58,21 @@ def test_gradients_pass_gradcheck(family):
 def test_its_operator_passes_opcheck(packed, with_bias, with_mask):
     inputs = rel_pos_attention_inputs(2, 5, 1, 8)
     qkv = inputs["qkv"]
-    tensors = [qkv] if packed else [tensor.clone() for tensor in qkv.permute(2, 0, 3, 1, 4)]
+    tensors = [qkv, None, None] if packed else [tensor.clone() for tensor in qkv.permute(2, 0, 3, 1, 4)]
     bias = inputs["bias"].requires_grad_() if with_bias else None
     mask = torch.zeros(2, 1, 5) if with_mask else None
     rounded = inputs["bias"].detach().clone() if with_bias and with_mask else None
-    arguments = ([tensor.requires_grad_() for tensor in tensors], bias, rounded, mask, 0.3, True)
+    for tensor in tensors if not packed else [qkv]:
+        tensor.requires_grad_()
+    arguments = (*tensors, bias, rounded, mask, 0.3, True)
     torch.library.opcheck(torch.ops.fused_beit.attention_fwd.default, arguments)
 
 
 def test_the_operator_of_its_backward_passes_opcheck():
     inputs = rel_pos_attention_inputs(2, 5, 1, 8)
-    qkv, bias = [inputs["qkv"]], inputs["bias"]
-    out, lse = torch.ops.fused_beit.attention_fwd(qkv, bias, None, None, 0.3, True)
-    arguments = (out, qkv, bias, None, out, lse, 0.3, [qkv[0].clone()], bias.clone(), True)
+    qkv, bias = inputs["qkv"], inputs["bias"]
+    out, lse = torch.ops.fused_beit.attention_fwd(qkv, None, None, bias, None, None, 0.3, True)
+    arguments = (out, qkv, None, None, bias, None, out, lse, 0.3, qkv.clone(), None, None, bias.clone(), True)
     torch.library.opcheck(torch.ops.fused_beit.attention_bwd.default, arguments)
 
 

@@ -98,9 +98,9 @@ class _Noted(NamedTuple):
         return sum(self.reads.values()) if self.name == "native_layer_norm_backward" else 0.0
 
 
-def _attention_flops(qkv: Sequence[Tensor], products: int) -> int:
+def _attention_flops(qkv: Tensor, products: int) -> int:
     """FLOPs of so many products of [N, N] and [N, D] for each head: qkv [B, N, 3, H, D]."""
-    num_images, num_tokens, _, num_heads, head_dim = qkv[0].shape
+    num_images, num_tokens, _, num_heads, head_dim = qkv.shape
     return products * 2 * num_images * num_heads * num_tokens**2 * head_dim
 
 

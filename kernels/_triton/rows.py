@@ -42,6 +42,11 @@ def cut(width: int, tile: int) -> Cut:
     return Cut(main, tail, max(1, tile // triton.next_power_of_2(width)))
 
 
+def cdiv(number: int, size: int) -> int:
+    """number / size rounded up: triton.cdiv, which takes 2 us, in the host's code."""
+    return -(-number // size)
+
+
 def num_programs(arch: str) -> int:
     """Programs that sum over rows on this architecture."""
     return PROGRAMS.get(arch, OTHER_PROGRAMS)
@@ -49,7 +54,7 @@ def num_programs(arch: str) -> int:
 
 def rows_a_program(num_rows: int, row: Cut, arch: str) -> int:
     """Rows that each program sums: whole tiles, as even as so many programs can be."""
-    return triton.cdiv(triton.cdiv(num_rows, num_programs(arch)), row.rows) * row.rows
+    return cdiv(cdiv(num_rows, num_programs(arch)), row.rows) * row.rows
 
 
 def row_arguments(width: int, row: Cut, dtype: torch.dtype, num_warps: int) -> dict[str, Any]:

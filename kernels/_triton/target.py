@@ -61,14 +61,14 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
-def why_unavailable(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
-    """Why no Triton kernel can run on tensors of this device and dtype; None when one can."""
+def why_unavailable(device: torch.device, *dtypes: torch.dtype | None) -> str | None:
+    """Why no Triton kernel can run on tensors of this device and these dtypes; None when one can."""
     if pretended:
         return None
     if not installed():
         return "triton is not installed"
     if interpreted():
-        if dtype is torch.bfloat16:
+        if torch.bfloat16 in dtypes:
             return "Triton's interpreter computes bfloat16 wrongly; use float32 or float16 there"
         return why_not_interpreted()
     if device.type != "cuda":
@@ -76,7 +76,7 @@ def why_unavailable(device: torch.device, dtype: torch.dtype | None = None) -> s
     # Without a GPU the tensors only have a shape.
     if torch.cuda.is_available() and _is_too_old(arch := arch_of(device)):
         return f"the kernels are made for GPUs from sm_80 on, and this one is {arch}"
-    if dtype is torch.float64:
+    if torch.float64 in dtypes:
         return "the kernels are made for float32, float16 and bfloat16; float64 is for Triton's interpreter"
     return None
 

@@ -3,11 +3,10 @@
 B pictures, P patches, M slots for positions, D channels.
 """
 
-import triton
 from torch import Tensor
 
 from .._triton.launching import on_device
-from .._triton.rows import Cut, cut, num_programs, row_arguments, rows_a_program
+from .._triton.rows import Cut, cdiv, cut, num_programs, row_arguments, rows_a_program
 from .._triton.target import arch_of
 from ..precision import accumulate_dtype
 from .gather import gather_bwd_kernel, gather_fwd_kernel, gather_sums_kernel
@@ -37,8 +36,8 @@ def _cut(width: int, num_slots: int) -> Cut:
 
 
 def _slot_arguments(num_slots: int, rows: Cut) -> dict[str, int]:
-    chunk = min(triton.next_power_of_2(max(1, num_slots)), max(1, COMPARED // rows.rows))
-    return {"CHUNK": chunk, "CHUNKS": triton.cdiv(num_slots, chunk)}
+    chunk = min(1 << (max(1, num_slots) - 1).bit_length(), max(1, COMPARED // rows.rows))
+    return {"CHUNK": chunk, "CHUNKS": cdiv(num_slots, chunk)}
 
 
 def _partials(out: Tensor | None, *shape: int) -> Tensor | None:
@@ -64,7 +63,7 @@ def place_fwd(
         for tensor in (source, cls_token, mask_token, pos_embed, positions)
     ]
     with on_device(out.device):
-        place_fwd_kernel[(triton.cdiv(num_rows, rows.rows),)](
+        place_fwd_kernel[(cdiv(num_rows, rows.rows),)](
             *inputs,
             out,
             num_rows,
@@ -92,10 +91,10 @@ def place_bwd(
     num_pictures, width = grad.shape[0], grad.shape[2]
     num_slots = 0 if positions is None else positions.shape[1]
     rows = _cut(width, num_slots)
-    num_tiles = triton.cdiv(num_patches + 1, rows.rows)
-    num_groups = min(num_pictures, triton.cdiv(num_programs(arch_of(grad.device)), num_tiles))
-    pictures_each = triton.cdiv(num_pictures, num_groups)
-    num_groups = triton.cdiv(num_pictures, pictures_each)
+    num_tiles = cdiv(num_patches + 1, rows.rows)
+    num_groups = min(num_pictures, cdiv(num_programs(arch_of(grad.device)), num_tiles))
+    pictures_each = cdiv(num_pictures, num_groups)
+    num_groups = cdiv(num_pictures, pictures_each)
     num_sums = 0 if grad_tokens is None else grad_tokens.shape[0]
     token_sums = _partials(grad_tokens, num_groups, num_sums, width)
     mask_sums = _partials(grad_mask_token, num_groups * num_tiles, width)
@@ -118,7 +117,7 @@ def place_bwd(
         )
         if token_sums is not None or mask_sums is not None:
             num_columns = max(width, num_sums * width)
-            place_sums_kernel[(triton.cdiv(num_columns, SUM_CONFIG["COLS"]), 2)](
+            place_sums_kernel[(cdiv(num_columns, SUM_CONFIG["COLS"]), 2)](
                 token_sums,
                 mask_sums,
                 grad_tokens,
@@ -146,7 +145,7 @@ def gather_fwd(
     """Fill out [B*M, D] and mean, rstd [B*M], which are None without weight and bias."""
     rows = cut(x.shape[2], TILE)
     with on_device(x.device):
-        gather_fwd_kernel[(triton.cdiv(positions.numel(), rows.rows),)](
+        gather_fwd_kernel[(cdiv(positions.numel(), rows.rows),)](
             x.contiguous(),
             positions.contiguous(),
             None if weight is None else weight.contiguous(),
@@ -182,7 +181,7 @@ def gather_bwd(
     num_rows, num_slots = like.shape[0] * num_tokens, positions.shape[1]
     rows = _cut(width, num_slots)
     rows_each = rows_a_program(num_rows, rows, arch_of(like.device))
-    num_partials = triton.cdiv(num_rows, rows_each)
+    num_partials = cdiv(num_rows, rows_each)
     weight_sums, bias_sums = (_partials(out, num_partials, width) for out in (grad_weight, grad_bias))
     with on_device(like.device):
         gather_bwd_kernel[(num_partials,)](
@@ -205,6 +204,6 @@ def gather_bwd(
             **row_arguments(width, rows, like.dtype, BACKWARD_WARPS),
         )
         if weight_sums is not None or bias_sums is not None:
-            gather_sums_kernel[(triton.cdiv(width, SUM_CONFIG["COLS"]), 2)](
+            gather_sums_kernel[(cdiv(width, SUM_CONFIG["COLS"]), 2)](
                 weight_sums, bias_sums, grad_weight, grad_bias, num_partials, D=width, ROWS=SUM_ROWS, **SUM_CONFIG
             )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .._triton.target import why_unavailable
-from ..differentiation import differentiable_once, refuse_other_derivatives
+from ..differentiation import differentiable_once, refuse_other_derivatives, register_gradient
 from ..impl import Impl, ImplUnavailable, refusal
 from ..precision import accumulate_dtype, compute_dtype
 
@@ -86,10 +86,9 @@ def _place(place: str, source: Tensor, *others: Any) -> Tensor:
 def _check(operator: str, dtypes: list[torch.dtype], *inputs: Tensor | None) -> None:
     """Raise ImplUnavailable where no kernel can run on these tensors, RuntimeError for a derivative that none gives."""
     given = [tensor for tensor in inputs if tensor is not None]
-    for dtype in {tensor.dtype for tensor in given} | set(dtypes):
-        why = why_unavailable(given[0].device, dtype)
-        if why is not None:
-            raise ImplUnavailable(refusal(operator, Impl.TRITON, why))
+    why = why_unavailable(given[0].device, *dtypes, *(tensor.dtype for tensor in given))
+    if why is not None:
+        raise ImplUnavailable(refusal(operator, Impl.TRITON, why))
     refuse_other_derivatives(operator, *given)
 
 
@@ -270,5 +269,5 @@ if not hasattr(torch.ops.fused_beit, "place_tokens_fwd"):  # once only, as in im
     torch.library.define("fused_beit::gather_masked_bwd", GATHER_BACKWARD)
     torch.library.impl("fused_beit::gather_masked_bwd", ("cpu", "cuda"), _gather_backward)
     torch.library.register_fake("fused_beit::gather_masked_bwd", lambda *_: None)
-    torch.library.register_autograd("fused_beit::place_tokens_fwd", _place_grads, setup_context=_save_place)
-    torch.library.register_autograd("fused_beit::gather_masked_fwd", _gather_grads, setup_context=_save_gather)
+    register_gradient("place_tokens_fwd", _place_grads, _save_place)
+    register_gradient("gather_masked_fwd", _gather_grads, _save_gather)

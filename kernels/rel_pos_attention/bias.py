@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from .._triton.descriptors import align_rows, padded_length
 from .._triton.target import why_unavailable
-from ..differentiation import refuse_other_derivatives
+from ..differentiation import refuse_other_derivatives, register_gradient
 from ..impl import AUTO, Impl, ImplUnavailable, Operator, refusal
 from ..precision import accumulate_dtype
 from ..tracing import fx_leaf
@@ -105,7 +105,7 @@ def _scatter_reference(grad_HNN: Tensor, window: Sequence[int], cls_token: bool,
 
 
 def _refuse_where_unavailable(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    why = why_unavailable(tensor.device, tensor.dtype) or why_unavailable(tensor.device, dtype)
+    why = why_unavailable(tensor.device, tensor.dtype, dtype)
     if why is not None:
         raise ImplUnavailable(refusal(name, Impl.TRITON, why))
     refuse_other_derivatives(name, tensor)
@@ -180,7 +180,7 @@ if not hasattr(torch.ops.fused_beit, "expand_table_triton"):  # once only, as in
         torch.library.define(f"fused_beit::{_name}", _schema)
         torch.library.impl(f"fused_beit::{_name}", ("cpu", "cuda"), _kernel)
         torch.library.register_fake(f"fused_beit::{_name}", _fake)
-        torch.library.register_autograd(f"fused_beit::{_name}", _gradient, setup_context=_save_arguments)
+        register_gradient(_name, _gradient, _save_arguments)
 
 
 @fx_leaf

@@ -1,7 +1,7 @@
 """The Triton kernels as operators of torch: schemas, shapes, gradients. Importing this imports no triton.
 
-Both operators take `qkv` as a list: of one tensor [B, N, 3, H, D], whose gradient the kernels write in place as one
-tensor of that shape, as the weight gradient of the qkv linear wants it; or of q, k, v [B, H, N, D] of any strides.
+Both operators take q, k, v [B, H, N, D] of any strides; or [B, N, 3, H, D] in the place of q alone, whose gradient the
+kernels write in place as one tensor of that shape, as the weight gradient of the qkv linear wants it.
 """
 
 from typing import Any
@@ -11,19 +11,20 @@ from torch import Tensor
 
 from .._triton.descriptors import tma_can_read
 from .._triton.target import why_unavailable
-from ..differentiation import differentiable_once, refuse_other_derivatives
+from ..differentiation import differentiable_once, refuse_other_derivatives, register_gradient
 from ..impl import ImplUnavailable
 from ..precision import accumulate_dtype, compute_dtype
 from ..validation import check_determinism
 from .plan import HEAD_DIM_STEP, LARGEST_HEAD_DIM, keeps_exact_lse
 
 FORWARD = (
-    "(Tensor[] qkv, Tensor? bias, Tensor? rounded_bias, Tensor? mask, float scale, bool deterministic) "
-    "-> (Tensor out, Tensor lse)"
+    "(Tensor q, Tensor? k, Tensor? v, Tensor? bias, Tensor? rounded_bias, Tensor? mask, float scale, "
+    "bool deterministic) -> (Tensor out, Tensor lse)"
 )
 BACKWARD = (
-    "(Tensor grad_out, Tensor[] qkv, Tensor? bias, Tensor? mask, Tensor out, Tensor lse, float scale, "
-    "Tensor(a!)[] grad_qkv, Tensor(b!)? grad_bias, bool deterministic) -> ()"
+    "(Tensor grad_out, Tensor q, Tensor? k, Tensor? v, Tensor? bias, Tensor? mask, Tensor out, Tensor lse, "
+    "float scale, Tensor(a!)? grad_q, Tensor(b!)? grad_k, Tensor(c!)? grad_v, Tensor(d!)? grad_bias, "
+    "bool deterministic) -> ()"
 )
 
 
@@ -41,7 +42,7 @@ def rel_pos_attention_triton(
     refuse_other_derivatives("rel_pos_attention", qkv_BN3HD, bias_HNN)
     mask_WNN = None if mask_WNN is None else mask_WNN.to(qkv_BN3HD.dtype)
     out_BNHD, _ = torch.ops.fused_beit.attention_fwd(
-        [qkv_BN3HD], bias_HNN, rounded_bias_HNN, mask_WNN, scale, deterministic
+        qkv_BN3HD, None, None, bias_HNN, rounded_bias_HNN, mask_WNN, scale, deterministic
     )
     return out_BNHD.flatten(2)
 
@@ -63,7 +64,7 @@ def attention_triton(
     refuse_other_derivatives("attention", q_BHND, k_BHND, v_BHND, bias_HNN)
     mask_WNN = None if mask_WNN is None else mask_WNN.to(dtype)
     out_BNHD, _ = torch.ops.fused_beit.attention_fwd(
-        [q_BHND, k_BHND, v_BHND], bias_HNN, rounded_bias_HNN, mask_WNN, scale, deterministic
+        q_BHND, k_BHND, v_BHND, bias_HNN, rounded_bias_HNN, mask_WNN, scale, deterministic
     )
     return out_BNHD.transpose(1, 2)
 
@@ -88,9 +89,11 @@ def _check(operator: str, *tensors: Tensor) -> None:
             )
 
 
-def _split(qkv: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _split(q: Tensor, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v [B, H, N, D] of either form."""
-    q, k, v = qkv[0].permute(2, 0, 3, 1, 4).unbind(0) if len(qkv) == 1 else qkv
+    if k is not None and v is not None:
+        return q, k, v
+    q, k, v = q.permute(2, 0, 3, 1, 4).unbind(0)
     return q, k, v
 
 
@@ -101,7 +104,9 @@ def _empty_like_heads(q_BHND: Tensor) -> Tensor:
 
 
 def _empty_outputs(
-    qkv: list[Tensor],
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     bias: Tensor | None,
     rounded_bias: Tensor | None,
     mask: Tensor | None,
@@ -109,14 +114,19 @@ def _empty_outputs(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """out [B, N, H, D] and lse [B, H, N], or maximum and sum of each row's exponentials, [B, H, N, 2]."""
-    q = _split(qkv)[0]
+    if k is None:
+        batch, num_tokens, _, num_heads, head_dim = q.shape
+    else:
+        batch, num_heads, num_tokens, head_dim = q.shape
     parts = (2,) if keeps_exact_lse(q.dtype, masked=mask is not None) else ()
-    lse = q.new_empty((*q.shape[:3], *parts), dtype=accumulate_dtype(q.dtype))
-    return _empty_like_heads(q).transpose(1, 2), lse
+    lse = q.new_empty(batch, num_heads, num_tokens, *parts, dtype=accumulate_dtype(q.dtype))
+    return q.new_empty(batch, num_tokens, num_heads, head_dim), lse
 
 
 def _forward(
-    qkv: list[Tensor],
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     bias: Tensor | None,
     rounded_bias: Tensor | None,
     mask: Tensor | None,
@@ -125,80 +135,89 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     from .launch import attention_fwd
 
-    out_BNHD, lse = _empty_outputs(qkv, bias, rounded_bias, mask, scale, deterministic)
+    out_BNHD, lse = _empty_outputs(q, k, v, bias, rounded_bias, mask, scale, deterministic)
     if out_BNHD.numel():
         used = bias if rounded_bias is None else rounded_bias
-        attention_fwd(*_split(qkv), used, mask, scale, out_BNHD.transpose(1, 2), lse)
+        attention_fwd(*_split(q, k, v), used, mask, scale, out_BNHD.transpose(1, 2), lse)
     return out_BNHD, lse
 
 
 def _backward(
     grad_out: Tensor,
-    qkv: list[Tensor],
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
     bias: Tensor | None,
     mask: Tensor | None,
     out: Tensor,
     lse: Tensor,
     scale: float,
-    grad_qkv: list[Tensor],
+    grad_q: Tensor | None,
+    grad_k: Tensor | None,
+    grad_v: Tensor | None,
     grad_bias: Tensor | None,
     deterministic: bool,
 ) -> None:
-    """Fill `grad_qkv`, a list of the form of qkv or empty, and `grad_bias`, where they are wanted."""
+    """Fill the gradients of q, k and v, of the form of q, k and v or none of them, and that of the bias where given."""
     from .launch import attention_bwd
 
     if not tma_can_read(grad_out):
         grad_out = grad_out.contiguous()  # a gradient expanded over pictures, of a sum for one
     attention_bwd(
         grad_out.transpose(1, 2),
-        *_split(qkv),
+        *_split(q, k, v),
         bias,
         mask,
         out.transpose(1, 2),
         lse,
         scale,
-        grad_qkv=_split(grad_qkv) if grad_qkv else None,
+        grad_qkv=None if grad_q is None else _split(grad_q, grad_k, grad_v),
         grad_bias=grad_bias,
         deterministic=deterministic,
     )
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    qkv, bias, rounded_bias, mask, ctx.scale, ctx.deterministic = inputs
-    ctx.save_for_backward(bias, rounded_bias, mask, *output, *qkv)
+    *tensors, ctx.scale, ctx.deterministic = inputs
+    ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # no zeros for lse
 
 
-def _grads(ctx: Any, grad_out: Tensor | None, grad_lse: None) -> tuple[Any, ...]:
+def _grads(ctx: Any, grad_out: Tensor | None, grad_lse: None) -> tuple[Tensor | None, ...]:
     if grad_out is None:
-        return [None] * len(ctx.needs_input_grad[0]), *[None] * 5
-    bias, rounded_bias, mask, out, lse, *qkv = ctx.saved_tensors
-    wants, want_bias, *_ = ctx.needs_input_grad
+        return (None,) * 8
+    q, k, v, bias, rounded_bias, mask, out, lse = ctx.saved_tensors
+    want_q, want_k, want_v, want_bias, *_ = ctx.needs_input_grad
     check_determinism("attention", ctx.deterministic)
-    grad_qkv: list[Tensor] = []
-    if any(wants):
-        packed = len(qkv) == 1
-        grad_qkv = [qkv[0].new_empty(qkv[0].shape)] if packed else [_empty_like_heads(tensor) for tensor in qkv]
-    grad_bias = None
+    grad_q = grad_k = grad_v = grad_bias = None
+    if want_q or want_k or want_v:
+        if k is None:
+            grad_q = q.new_empty(q.shape)
+        else:
+            grad_q, grad_k, grad_v = (_empty_like_heads(tensor) for tensor in (q, k, v))
     if want_bias:
         grad_bias = bias.new_empty(bias.shape) if out.numel() else bias.new_zeros(bias.shape)
-    if out.numel() and (grad_qkv or want_bias):
+    if out.numel() and (grad_q is not None or want_bias):
         torch.ops.fused_beit.attention_bwd(
             grad_out,
-            qkv,
+            q,
+            k,
+            v,
             bias if rounded_bias is None else rounded_bias,
             mask,
             out,
             lse,
             ctx.scale,
-            grad_qkv,
+            grad_q,
+            grad_k,
+            grad_v,
             grad_bias,
             ctx.deterministic,
         )
-    wanted = [grad_qkv[i] if want else None for i, want in enumerate(wants)]
-    *wanted, grad_bias = differentiable_once("attention", [*wanted, grad_bias], grad_out, bias, *qkv)
-    return wanted, grad_bias, None, None, None, None
+    wanted = [grad_q if want_q else None, grad_k if want_k else None, grad_v if want_v else None, grad_bias]
+    grads = differentiable_once("attention", wanted, grad_out, bias, q, k, v)
+    return *grads, None, None, None, None
 
 
 if not hasattr(torch.ops.fused_beit, "attention_fwd"):  # once only, as in impl.py
@@ -208,4 +227,4 @@ if not hasattr(torch.ops.fused_beit, "attention_fwd"):  # once only, as in impl.
     torch.library.define("fused_beit::attention_bwd", BACKWARD)
     torch.library.impl("fused_beit::attention_bwd", ("cpu", "cuda"), _backward)
     torch.library.register_fake("fused_beit::attention_bwd", lambda *_: None)
-    torch.library.register_autograd("fused_beit::attention_fwd", _grads, setup_context=_save)
+    register_gradient("attention_fwd", _grads, _save)

@@ -5,11 +5,10 @@ B pictures, N tokens, R = B * N rows, D channels.
 
 from typing import Any
 
-import triton
 from torch import Tensor
 
 from .._triton.launching import on_device
-from .._triton.rows import cut, row_arguments, rows_a_program
+from .._triton.rows import cdiv, cut, row_arguments, rows_a_program
 from .._triton.target import arch_of
 from ..precision import accumulate_dtype
 from .kernels import residual_bwd_kernel, residual_fwd_kernel, residual_sums_kernel
@@ -53,7 +52,7 @@ def residual_fwd(
     """Fill x_new [B, N, D], and where it is given, normed [B, N, D] and mean, rstd [B, N]."""
     inputs = _contiguous(x, y, gamma, keep, weight, bias)
     shared = _shared_arguments(x, FORWARD_WARPS)
-    grid = (triton.cdiv(shared["num_rows"], shared["ROWS"]),)
+    grid = (cdiv(shared["num_rows"], shared["ROWS"]),)
     with on_device(x.device):
         residual_fwd_kernel[grid](*inputs, x_new, normed, mean, rstd, EPS=eps, **shared)
 
@@ -79,7 +78,7 @@ def residual_bwd(
     shared = _shared_arguments(x_new, BACKWARD_WARPS)
     num_rows, width = shared["num_rows"], x_new.shape[2]
     num_rows_each = rows_a_program(num_rows, cut(width, TILE), arch_of(x_new.device))
-    num_programs = triton.cdiv(num_rows, num_rows_each)
+    num_programs = cdiv(num_rows, num_rows_each)
     wanted = (grad_gamma, grad_weight, grad_bias)
     dtype = accumulate_dtype(x_new.dtype)
     sums = [None if grad is None else x_new.new_empty(num_programs, width, dtype=dtype) for grad in wanted]
@@ -96,5 +95,5 @@ def residual_bwd(
             **shared,
         )
         if any(grad is not None for grad in wanted):
-            grid = (triton.cdiv(width, SUM_CONFIG["COLS"]), len(wanted))
+            grid = (cdiv(width, SUM_CONFIG["COLS"]), len(wanted))
             residual_sums_kernel[grid](*sums, *wanted, num_programs, D=width, **SUM_CONFIG)

@@ -1,12 +1,13 @@
 """The Triton kernels as operators of torch: schemas, shapes, gradients. Importing this imports no triton."""
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._triton.target import why_unavailable
-from ..differentiation import differentiable_once, refuse_other_derivatives
+from ..differentiation import differentiable_once, refuse_other_derivatives, register_gradient
 from ..impl import Impl, ImplUnavailable, refusal
 from ..precision import accumulate_dtype, compute_dtype
 
@@ -20,6 +21,8 @@ BACKWARD = (
     "Tensor? mean, Tensor? rstd, Tensor(a!)? grad_x, Tensor(b!)? grad_y, Tensor(c!)? grad_gamma, "
     "Tensor(d!)? grad_weight, Tensor(e!)? grad_bias) -> ()"
 )
+
+empty_as = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
 
 
 def residual_norm_triton(
@@ -49,10 +52,9 @@ def residual_add_triton(x_BND: Tensor, y_BND: Tensor, gamma_D: Tensor | None, ke
 def _check(operator: str, keep: Tensor | None, dtypes: list[torch.dtype], *inputs: Tensor | None) -> None:
     """Raise ImplUnavailable where no kernel can run on these tensors, or for a gradient that none gives."""
     given = [tensor for tensor in (*inputs, keep) if tensor is not None]
-    for dtype in {tensor.dtype for tensor in given} | set(dtypes):
-        why = why_unavailable(given[0].device, dtype)
-        if why is not None:
-            raise ImplUnavailable(refusal(operator, Impl.TRITON, why))
+    why = why_unavailable(given[0].device, *dtypes, *(tensor.dtype for tensor in given))
+    if why is not None:
+        raise ImplUnavailable(refusal(operator, Impl.TRITON, why))
     if keep is not None and keep.requires_grad and torch.is_grad_enabled():
         why = "keep requires a gradient, and the kernels have none for it; use impl='reference', or keep.detach()"
         raise ImplUnavailable(refusal(operator, Impl.TRITON, why))
@@ -71,12 +73,13 @@ def _empty_norm(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x_new and normed [B, N, D], mean and rstd [B, N]."""
     wide = accumulate_dtype(x.dtype)
-    mean, rstd = (x.new_empty(x.shape[:2], dtype=wide) for _ in range(2))
-    return x.new_empty(x.shape), x.new_empty(x.shape, dtype=dtype), mean, rstd
+    num_pictures, num_tokens, _ = x.shape
+    mean, rstd = (x.new_empty(num_pictures, num_tokens, dtype=wide) for _ in range(2))
+    return empty_as(x), empty_as(x, dtype=dtype), mean, rstd
 
 
 def _empty_add(x: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape)
+    return empty_as(x)
 
 
 def _norm_forward(
@@ -158,8 +161,8 @@ def _norm_grads(
     want_weight, want_bias = (want and grad_normed is not None for want in (want_weight, want_bias))
     same = want_x and gamma is None and keep is None and ctx.y_dtype == x_new.dtype
     grads = [
-        x_new.new_empty(x_new.shape) if want_x else None,
-        x_new.new_empty(x_new.shape, dtype=ctx.y_dtype) if want_y and not same else None,
+        empty_as(x_new) if want_x else None,
+        empty_as(x_new, dtype=ctx.y_dtype) if want_y and not same else None,
         _empty_sum(gamma, x_new) if want_gamma else None,
         _empty_sum(weight, x_new) if want_weight else None,
         _empty_sum(bias, x_new) if want_bias else None,
@@ -174,7 +177,7 @@ def _norm_grads(
 
 
 def _add_grads(ctx: Any, grad_x_new: Tensor | None) -> tuple[Tensor | None, ...]:
-    want_x, want_y, want_gamma, _ = ctx.needs_input_grad
+    want_x, want_y, want_gamma, *_ = ctx.needs_input_grad
     y, gamma, keep, *_ = ctx.saved_tensors
     if grad_x_new is None:
         return (None,) * 4
@@ -182,7 +185,7 @@ def _add_grads(ctx: Any, grad_x_new: Tensor | None) -> tuple[Tensor | None, ...]
     if gamma is None and keep is None:
         return grad_x, grad_x_new.to(ctx.y_dtype) if want_y else None, None, None
     grads = [
-        grad_x_new.new_empty(grad_x_new.shape, dtype=ctx.y_dtype) if want_y else None,
+        empty_as(grad_x_new, dtype=ctx.y_dtype) if want_y else None,
         _empty_sum(gamma, grad_x_new) if want_gamma else None,
     ]
     if grad_x_new.numel() and (want_y or want_gamma):
@@ -195,7 +198,7 @@ def _add_grads(ctx: Any, grad_x_new: Tensor | None) -> tuple[Tensor | None, ...]
 
 def _empty_sum(parameter: Tensor, x_new: Tensor) -> Tensor:
     """For a gradient that is a sum over rows: zeros where there are none."""
-    return parameter.new_empty(parameter.shape) if x_new.numel() else parameter.new_zeros(parameter.shape)
+    return empty_as(parameter) if x_new.numel() else parameter.new_zeros(parameter.shape)
 
 
 if not hasattr(torch.ops.fused_beit, "residual_norm_fwd"):  # once only, as in impl.py
@@ -208,5 +211,5 @@ if not hasattr(torch.ops.fused_beit, "residual_norm_fwd"):  # once only, as in i
     torch.library.define("fused_beit::residual_bwd", BACKWARD)
     torch.library.impl("fused_beit::residual_bwd", ("cpu", "cuda"), _backward)
     torch.library.register_fake("fused_beit::residual_bwd", lambda *_: None)
-    torch.library.register_autograd("fused_beit::residual_norm_fwd", _norm_grads, setup_context=_save_norm)
-    torch.library.register_autograd("fused_beit::residual_add_fwd", _add_grads, setup_context=_save_add)
+    register_gradient("residual_norm_fwd", _norm_grads, _save_norm)
+    register_gradient("residual_add_fwd", _add_grads, _save_add)

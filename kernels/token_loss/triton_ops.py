@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._triton.target import why_unavailable
-from ..differentiation import differentiable_once, refuse_other_derivatives
+from ..differentiation import differentiable_once, refuse_other_derivatives, register_gradient
 from ..impl import Impl, ImplUnavailable, refusal
 from ..precision import accumulate_dtype, compute_dtype, without_autocast
 
@@ -206,4 +206,4 @@ if not hasattr(torch.ops.fused_beit, "token_loss_fwd"):  # once only, as in impl
     torch.library.define("fused_beit::token_loss_scale", SCALE)
     torch.library.impl("fused_beit::token_loss_scale", ("cpu", "cuda"), _scale)
     torch.library.register_fake("fused_beit::token_loss_scale", _empty_scaled)
-    torch.library.register_autograd("fused_beit::token_loss_fwd", _grads, setup_context=_save)
+    register_gradient("token_loss_fwd", _grads, _save)
