@@ -235,7 +235,10 @@ def host_and_device(run: Run, device: torch.device) -> dict[str, Any]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiled:
         run()
         synchronize()
-    events = [event for event in profiled.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+    on_device = torch.autograd.DeviceType.CUDA
+    events = [
+        event for event in profiled.key_averages() if event.device_type == on_device and not event.is_user_annotation
+    ]
     events.sort(key=lambda event: event.device_time_total, reverse=True)
     longest = {event.key: [event.count, event.device_time_total / 1e6] for event in events[:LONGEST_KERNELS]}
     return {

@@ -73,11 +73,12 @@ class LossReferences(References):
         return self.compare_mean(name, found["loss"], exact["loss"]) | super().compare(name, *others)
 
     def compare_mean(self, name: str, found: Tensor, exact: Tensor) -> dict[str, float]:
-        """Four times what the mean of so many roundings of logits comes to, and a rounding of its own."""
+        """Six standard deviations of a mean over the rows, of two roundings each of logits as large as the largest."""
         case, tensors = self.inputs.case, self.inputs.tensors
         hidden, weight, bias = (tensors[part].detach().double() for part in ("hidden", "weight", "bias"))
         largest = float(F.linear(hidden, weight, bias).abs().max())
-        of_rows = 4 * torch.finfo(case.dtype).eps * largest / len(hidden) ** 0.5
+        deviation = torch.finfo(case.dtype).eps * largest / 12**0.5
+        of_rows = 6 * 2**0.5 * deviation / len(hidden) ** 0.5
         allowed = of_rows + torch.finfo(found.dtype).eps * float(exact)
         off = float((found.double() - exact).abs())
         assert off <= allowed, f"{name}: the loss is off by {off:.2e}, more than the {allowed:.2e} of roundings"

@@ -127,13 +127,21 @@ def time_steps(
     add_spread(rows)
     for row in rows:
         if row.seconds:
-            row.facts |= host_and_device(steps[row.provider], DEVICE)
+            row.facts |= apart(steps[row.provider])
             row.facts |= peaks[row.provider] | rates(case, quartiles(row.seconds)[1], limits)
             if row.provider in found.state_bytes:
                 row.facts["state_bytes"] = found.state_bytes[row.provider]
             row.facts["about"] = steps[row.provider].about
             row.facts |= {"note": case.note} if case.note else {}
     return [*rows, *(Row(label, name, failed=why) for name, why in found.failed.items())]
+
+
+def apart(step: Step) -> dict[str, Any]:
+    """What host and device each take, or why that is not known: a profile that fails takes no time away."""
+    try:
+        return host_and_device(step, DEVICE)
+    except Exception as error:
+        return {"not_profiled": f"{type(error).__name__}: {first_line(error)}"}
 
 
 def rates(case: Case, seconds: float, limits: Mapping[str, Any]) -> dict[str, float]:

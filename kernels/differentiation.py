@@ -20,6 +20,8 @@ def register_gradient(name: str, grads: Callable[..., tuple[Any, ...]], save: Ca
     default arguments: that takes longer than all else of the call.
     """
     operator = getattr(torch.ops.fused_beit, name).default
+    if any(part.has_default_value() or part.kwarg_only for part in operator._schema.arguments):
+        raise ValueError(f"{name}: an operator with default arguments or keywords cannot be given a gradient so")
 
     def run(keyset: Any, inputs: tuple[Any, ...]) -> Any:
         with torch._C._AutoDispatchBelowAutograd():

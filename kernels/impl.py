@@ -1,7 +1,7 @@
 """Which implementation of an operator runs: one enum, one table for each operator, one resolver.
 
-`auto` becomes an implementation by the device, with a reason that can be printed, and is never refused. A request by
-name is kept or refused; it never turns into another implementation.
+`auto` becomes an implementation by device and dtype, with a reason that can be printed, and is never refused. A request
+by name is kept or refused; it never turns into another implementation.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,8 +9,6 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 import torch
-
-from ._triton.target import why_not_compiled
 
 AUTO = "auto"
 
@@ -53,8 +51,8 @@ class Operator:
     schema:          "name(Tensor x, ..., str impl) -> Tensor"
     implementations: functions of the schema's arguments in order, less `impl`; they raise ImplUnavailable themselves
                      where they cannot run
-    auto:            device type ("cpu", "cuda") -> what `auto` becomes there; the reference everywhere else, and where
-                     triton, which this names, could not run compiled
+    auto:            device type ("cpu", "cuda") -> what `auto` becomes there; the reference everywhere else
+    why_not:         function of device and dtype: why `auto` is the reference there after all, or None
     requirements:    functions of a device: why an implementation cannot run there, or None
     """
 
@@ -64,12 +62,14 @@ class Operator:
         implementations: Mapping[Impl, Callable[..., Any]],
         auto: Mapping[str, Resolved] | None = None,
         requirements: Mapping[Impl, Callable[[torch.device], str | None]] | None = None,
+        why_not: Callable[[torch.device, torch.dtype | None], str | None] = lambda device, dtype: None,
     ) -> None:
         name = schema.partition("(")[0]
         self.name = name
         self.implementations = dict(implementations)
         self.auto = dict(auto or {})
         self.requirements = dict(requirements or {})
+        self.why_not = why_not
         for resolved in self.auto.values():
             if resolved.impl not in self.implementations:
                 raise ValueError(f"{name}: auto names {resolved.impl!s}, which it does not have")
@@ -102,13 +102,13 @@ class Operator:
             if len(self.implementations) == 1:
                 return Resolved(Impl.REFERENCE, "the only implementation in this version")
             return Resolved(Impl.REFERENCE, f"nothing else was chosen for {device.type if device else 'no device'}")
-        chosen = self.auto[device.type]
-        why_not = why_not_compiled(device, dtype) if chosen.impl is Impl.TRITON else None
-        return Resolved(Impl.REFERENCE, why_not) if why_not else chosen
+        why_not = self.why_not(device, dtype)
+        return Resolved(Impl.REFERENCE, why_not) if why_not else self.auto[device.type]
 
     def _run(self, *args: Any) -> Any:
         *arguments, impl = args
-        return self.implementations[self.resolve(impl, arguments[0].device).impl](*arguments)
+        first = arguments[0]
+        return self.implementations[self.resolve(impl, first.device, first.dtype).impl](*arguments)
 
 
 _OPERATORS: dict[str, Operator] = {}
@@ -119,10 +119,13 @@ def operators() -> tuple[str, ...]:
     return tuple(sorted(_OPERATORS))
 
 
-def resolve(operator: str, request: str | Impl, device: torch.device | str | None) -> Resolved:
+def resolve(
+    operator: str, request: str | Impl, device: torch.device | str | None, dtype: torch.dtype | None = None
+) -> Resolved:
     """What `impl=request` means for `operator` on `device`, and why.
 
     device: None asks only whether there is such an implementation, for code that does not know yet where it will run
+    dtype:  that of the work; what `auto` becomes may depend on it
 
     Raises ImplUnavailable when an implementation asked for by name does not exist or cannot run on such a device here,
     ValueError for an unknown operator.
@@ -131,7 +134,7 @@ def resolve(operator: str, request: str | Impl, device: torch.device | str | Non
         raise ValueError(f"unknown operator {operator!r}; expected one of {', '.join(operators())}")
     found = _OPERATORS[operator]
     device = None if device is None else torch.device(device)
-    resolved = found.resolve(request, device)
+    resolved = found.resolve(request, device, dtype)
     requirement = found.requirements.get(resolved.impl)
     why = None if requirement is None or device is None else requirement(device)
     if why is not None:

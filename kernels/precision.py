@@ -10,16 +10,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-DEVICES = ("cpu", "cuda", "hpu", "maia", "mps", "mtia", "xla", "xpu")
-# Asked once: Dynamo of torch 2.11 cannot trace the question, and would divide every compiled block there.
-WITH_AUTOCAST = frozenset(filter(torch.amp.is_autocast_available, DEVICES))
-"""Device types that have autocast; the meta device has not."""
+KNOWN = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps", "xpu")))
+
+
+def has_autocast(device_type: str) -> bool:
+    """Whether torch has autocast there; the meta device has none.
+
+    Of the devices at hand torch was asked once: Dynamo of torch 2.11 cannot trace the question, and would divide every
+    compiled block there.
+    """
+    return device_type in KNOWN or (device_type != "meta" and torch.amp.is_autocast_available(device_type))
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:
     """Dtype of a matrix product with `tensor`: autocast's where autocast is on, else its own. float64 is left alone."""
     device_type = tensor.device.type
-    if tensor.dtype == torch.float64 or device_type not in WITH_AUTOCAST:
+    if tensor.dtype == torch.float64 or not has_autocast(device_type):
         return tensor.dtype
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else tensor.dtype
 
@@ -31,7 +37,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Autocast off on this device; nothing where its type has no autocast."""
-    if device.type in WITH_AUTOCAST:
+    if has_autocast(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()
 

@@ -67,13 +67,16 @@ def test_auto_searches_codes_by_triton_on_cuda_and_names_the_figure():
     [
         ({"installed": False}, None, "triton is not installed"),
         ({"installed": True, "interpreted": True}, None, "Triton's interpreter, which TRITON_INTERPRET=1 asks for"),
-        ({"installed": True, "interpreted": False}, torch.float64, "float64 is for Triton's interpreter"),
+        ({"installed": True, "interpreted": False}, torch.float64, "triton was measured in half precision alone"),
+        ({"pretended": "sm_90"}, torch.float32, "triton was measured in half precision alone"),
+        ({"pretended": "sm_80"}, torch.bfloat16, "triton was measured on sm_90 alone, and this is sm_80"),
+        ({"pretended": "gfx942"}, torch.bfloat16, "triton was measured on sm_90 alone, and this is gfx942"),
     ],
-    ids=["no triton", "interpreter", "float64"],
+    ids=["no triton", "interpreter", "float64", "float32", "sm_80", "AMD"],
 )
-def test_auto_is_the_reference_where_triton_could_not_run_compiled(monkeypatch, there, dtype, why):
+def test_auto_is_the_reference_where_triton_was_not_measured_or_could_not_run_compiled(monkeypatch, there, dtype, why):
     for name, value in there.items():
-        monkeypatch.setattr(target, name, lambda value=value: value)
+        monkeypatch.setattr(target, name, value if name == "pretended" else lambda value=value: value)
     resolved = NEAREST_CODE.resolve("auto", torch.device("cuda"), dtype)
     assert resolved.impl is Impl.REFERENCE
     assert why in resolved.reason

@@ -59,8 +59,9 @@ def test_the_loss_and_its_gradients_are_no_worse_than_eager_torch(dtype, reducti
     assert_right(ours, reference, loss_inputs(dtype=dtype), by_rows=reduction == "none")
 
 
-def test_the_mean_is_that_of_the_rows():
-    inputs = loss_inputs()
+@pytest.mark.parametrize("dtype", [HALF, torch.float16, torch.float32], ids=str)
+def test_the_mean_is_that_of_the_rows(dtype):
+    inputs = loss_inputs(dtype=dtype)
     mean, rows = (loss_of("triton", reduction=reduction)(**inputs).loss for reduction in ("mean", "none"))
     counted = (inputs["targets"] >= 0).sum()
     torch.testing.assert_close(mean.double(), rows.double().sum() / counted, rtol=1e-6, atol=0)

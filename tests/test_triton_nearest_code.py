@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from triton_families import NEEDS_INTERPRETER, exact_products  # noqa: F401
 
 from fused_beit.kernels import ImplUnavailable, nearest_code
+from fused_beit.kernels._triton import target
 from fused_beit.kernels.nearest_code import launch
 from fused_beit.kernels.testing import assert_no_worse_than_eager, nearest_code_inputs
 
@@ -164,6 +166,14 @@ def test_bf16_is_refused_in_the_interpreter():
 
 def test_its_operator_passes_opcheck():
     torch.library.opcheck(torch.ops.fused_beit.nearest_code_fwd.default, tuple(nearest_code_inputs(5, 4, 6).values()))
+
+
+def test_auto_on_cuda_compiles_without_a_graph_break():
+    """On tensors without memory, as those of an H100: Dynamo cannot trace what `auto` asks."""
+    with FakeTensorMode(), target.pretending("sm_90"):
+        x, codes = (torch.empty(rows, 64, dtype=torch.bfloat16, device="cuda") for rows in (5, 9))
+        index, score = torch.compile(nearest_code, fullgraph=True, backend="eager")(x, codes)
+    assert (index.dtype, score.dtype, index.shape) == (torch.int64, torch.float32, (5,))
 
 
 def test_compiles_without_a_graph_break():

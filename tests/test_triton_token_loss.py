@@ -323,3 +323,10 @@ def test_the_plan_says_what_a_call_holds():
         "3 chunks of 3200 rows, 105.0 MB beside the inputs: logits 52.4 MB, gradient of hidden 14.7 MB, "
         "of weight and bias 25.2 MB, weight cast 12.6 MB"
     )
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 127, 128, 129, 300])
+def test_the_sum_of_rows_is_that_of_all_rows(num_rows):
+    padded = torch.randn(num_rows, 16, generator=torch.Generator().manual_seed(0))
+    found = launch.sum_of_rows(padded[:, :10], torch.float64)
+    torch.testing.assert_close(found, padded[:, :10].double().sum(0))

@@ -381,7 +381,8 @@ def token_operators(
 ) -> list[Operators]:
     """The operators that make the tokens of a batch; `impl` as `train.impl` asks for it."""
     with pretending(ARCH):
-        impl = resolve("nearest_code", impl_besides_attention(impl), "cuda").impl.value
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        impl = resolve("nearest_code", impl_besides_attention(impl), "cuda", dtype).impl.value
     sizes = (16, 32)  # so many that the chunks of nearest_code are about in proportion
     counts = [(size, _count_tokens(tokenizer, token_side, size, impl, bf16)) for size in sizes]
     return list(_on_a_line(num_images, *counts))

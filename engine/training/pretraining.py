@@ -75,7 +75,7 @@ def open_run(settings: Settings, *, rehearsal: bool = False) -> Iterator["Run"]:
     """
     folder = RunFolder(settings.output_dir)
     folder.refuse_if_used(settings, rehearsal=rehearsal)
-    implementations = resolve_implementations(settings.train.impl)
+    implementations = resolve_implementations(settings)
     if settings.train.compile:
         refuse_without_compiler()
     pictures = open_pictures(settings.data, settings.train.seed)
@@ -409,12 +409,14 @@ def link_model(source: Path, target: Path) -> None:
         checkpoint.replace_durably(target, lambda path: path.write_bytes(source.read_bytes()))
 
 
-def resolve_implementations(impl: str) -> dict[str, Resolved]:
+def resolve_implementations(settings: Settings) -> dict[str, Resolved]:
     """What `train.impl` means for each operator on this machine, and why."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    impl = settings.train.impl
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if resolve_bf16(settings, device) else torch.float32
     try:
-        attention = {"rel_pos_attention": resolve("rel_pos_attention", impl, device)}
-        return attention | {name: resolve(name, impl_besides_attention(impl), device) for name in OPERATORS}
+        attention = {"rel_pos_attention": resolve("rel_pos_attention", impl, device, dtype)}
+        return attention | {name: resolve(name, impl_besides_attention(impl), device, dtype) for name in OPERATORS}
     except ImplUnavailable as error:
         raise UserError(f"train.impl = {impl}: {error}.") from None
 

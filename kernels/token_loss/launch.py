@@ -82,8 +82,10 @@ def sum_of_rows(x_RV: Tensor, dtype: torch.dtype) -> Tensor:
     H100 132 MiB at 3,200 rows of 8,192 tokens.
     """
     whole = len(x_RV) - len(x_RV) % SUMMED_TOGETHER
-    total = x_RV[whole:].sum(0, dtype=dtype)
-    return total + x_RV[:whole].unflatten(0, (-1, SUMMED_TOGETHER)).sum(1, dtype=dtype).sum(0) if whole else total
+    if not whole:
+        return x_RV.sum(0, dtype=dtype)
+    total = x_RV[:whole].unflatten(0, (-1, SUMMED_TOGETHER)).sum(1, dtype=dtype).sum(0)
+    return total if whole == len(x_RV) else total + x_RV[whole:].sum(0, dtype=dtype)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
