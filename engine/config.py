@@ -181,9 +181,9 @@ class TrainSettings(Section):
     stop_at_step: int | None = Field(None, ge=1)
     """Save and end the session at this step, the schedule unchanged; `--resume auto` goes on from there."""
     impl: Literal["auto", "reference", "sdpa", "xformers", "flex", "triton"] = "auto"
-    """Implementation of the operators. auto: plain torch, on a GPU with its scaled_dot_product_attention; triton: this
-    project's kernels, for every operator and the tokenizer's search of codes; sdpa, xformers, flex: attention by it,
-    the other operators as with auto."""
+    """Implementation of the operators. auto: plain torch, on a GPU with its scaled_dot_product_attention, and on H100
+    and H200 with the tokenizer's search of codes by Triton; triton: this project's kernels, for every operator and that
+    search; sdpa, xformers, flex: attention by it, the other operators as with auto."""
     compile: bool = False
     """Have torch.compile join what lies between a block's operators; the first step takes up to minutes longer."""
     threads: int | None = Field(None, ge=1)

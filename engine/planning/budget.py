@@ -1,7 +1,8 @@
 """Where the time of a step goes, as docs/performance.md shows it: `python -m fused_beit.engine.planning.budget`.
 
 BEiT on an H100. Operators and bytes are counted; `at least` is the time at the rate of a large product and the
-bandwidth of a large copy; `likely` is what a plan predicts. All of it is arithmetic: no GPU has run it.
+bandwidth of a large copy; `likely` is what a plan predicts. All of it is arithmetic, with attention's shares of the
+rate as an H100 had them.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

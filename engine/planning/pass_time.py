@@ -46,7 +46,7 @@ OWN_STARTS = 10
 
 A step of BEiT-base on tiny tensors, kernels left out, took one core of an AMD EPYC 21 ms by torch's operators, 1,249 of
 them, and 24 ms by ours, 623 with 84 of its own. Triton's launches come on top; they were not measured. The only step
-that an H100 made by Triton took 75 ms, twice what is predicted here, most likely because of its host.
+that an H100 made by Triton took 75 to 81 ms, twice what is predicted here, most likely because of its host.
 """
 
 

@@ -209,7 +209,8 @@ def step(settings: PlanSettings, gpu: Gpu, tokenizer: TokenizerSize, chosen: Way
     if settings.mfu is None and (other := with_other_impl(settings, gpu, tokenizer, chosen)):
         impl, would = other
         lines["otherwise"] = (
-            f"{short(would.time.total)} with --train.impl {impl}; on an H100 both took about the same time"
+            f"{short(would.time.total)} with --train.impl {impl}; on an H100 a step took 1.2 times what is predicted "
+            "by auto, 2 times by triton"
         )
     lines["data"] = (
         f"the workers of a rank must decode {chosen.pictures_per_s / chosen.gpus:,.0f} images/s "
