@@ -190,9 +190,9 @@ def test_no_operator_of_a_step_by_triton_runs_anything_else(monkeypatch):
 
     asked = []
 
-    def note(operator, request, device_type):
+    def note(operator, request, *where):
         asked.append((operator.name, str(request)))
-        return resolve_it(operator, request, device_type)
+        return resolve_it(operator, request, *where)
 
     resolve_it = Operator.resolve
     monkeypatch.setattr(Operator, "resolve", note)
